@@ -1,0 +1,68 @@
+// What every binding does with tensors: pointers and dtypes for params, checks of the values that tracing can't see.
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "stable.h"
+
+namespace ek {
+
+// std::invalid_argument arrives in Python as ValueError, unless it is thrown inside a parallel region.
+[[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+inline DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: refuse("dtype must be float32, bfloat16 or float16");
+  }
+}
+
+// The one copy the contract allows: of a tensor whose last stride is not 1.
+inline Tensor with_unit_stride(const Tensor& x) {
+  return x.dim() == 0 || x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
+}
+
+// int32 or int64, any stride, copied out: there are few of them.
+inline std::vector<int64_t> integers(const Tensor& x) {
+  const Tensor dense = torch::stable::contiguous(x);
+  std::vector<int64_t> values(static_cast<size_t>(dense.numel()));
+  for (size_t i = 0; i < values.size(); i++) {
+    values[i] = x.scalar_type() == ScalarType::Int ? dense.const_data_ptr<int32_t>()[i]
+                                                   : dense.const_data_ptr<int64_t>()[i];
+  }
+  return values;
+}
+
+// lengths (B,), each in [0, longest]
+inline std::vector<int64_t> checked_lengths(const char* name, const Tensor& lengths, int64_t longest) {
+  std::vector<int64_t> values = integers(lengths);
+  for (size_t b = 0; b < values.size(); b++) {
+    if (values[b] < 0 || values[b] > longest) {
+      refuse(std::string(name) + "[" + std::to_string(b) + "] must be in [0, " + std::to_string(longest) + "], got " +
+             std::to_string(values[b]));
+    }
+  }
+  return values;
+}
+
+// cu_seqlens (B + 1,): starts at 0, never decreases, ends at the number of tokens
+inline std::vector<int64_t> checked_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t tokens) {
+  std::vector<int64_t> values = integers(cu_seqlens);
+  if (values.front() != 0) refuse(std::string(name) + " must start at 0, got " + std::to_string(values.front()));
+  for (size_t b = 1; b < values.size(); b++) {
+    if (values[b] < values[b - 1]) {
+      refuse(std::string(name) + " must not decrease, got " + std::to_string(values[b - 1]) + " then " +
+             std::to_string(values[b]) + " at [" + std::to_string(b) + "]");
+    }
+  }
+  if (values.back() != tokens) {
+    refuse(std::string(name) + " must end at the number of tokens, " + std::to_string(tokens) + ", got " +
+           std::to_string(values.back()));
+  }
+  return values;
+}
+
+}  // namespace ek

@@ -1,0 +1,71 @@
+// Products of float32 matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n): A by any
+// strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C by rows ldc apart.
+// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over the whole of k.
+#pragma once
+#include "simd.h"
+
+namespace ek::EK_VARIANT {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int MR = 12, NV = 2;  // 24 of 32 registers accumulate
+#else
+constexpr int MR = 6, NV = 2;  // 12 of 16
+#endif
+constexpr int NR = NV * W;
+
+template <int mr, int nv, bool add>
+EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
+                         int64_t ldc) {
+  Vec sums[mr][nv];
+#pragma GCC unroll 16
+  for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) sums[i][j] = add ? load(c + i * ldc + j * W) : Vec{};
+  for (int64_t l = 0; l < k; l++) {
+    Vec row[nv];
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) row[j] = load(b + l * ldb + j * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++) {
+      const Vec element = splat(a[i * a_row + l * a_col]);
+#pragma GCC unroll 4
+      for (int j = 0; j < nv; j++) sums[i][j] += element * row[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < nv; j++) store(c + i * ldc + j * W, sums[i][j]);
+}
+
+// The rows that remain below whole tiles: mr counts down to the m that is left.
+template <int mr, int nv, bool add>
+EK_INLINE void gemm_rows(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                         int64_t ldb, float* c, int64_t ldc) {
+  if constexpr (mr > 0) {
+    if (m == mr) return gemm_tile<mr, nv, add>(k, a, a_row, a_col, b, ldb, c, ldc);
+    gemm_rows<mr - 1, nv, add>(m, k, a, a_row, a_col, b, ldb, c, ldc);
+  }
+}
+
+template <int nv, bool add>
+void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+                  float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + MR <= m; i += MR) {
+    gemm_tile<MR, nv, add>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  }
+  gemm_rows<MR - 1, nv, add>(m - i, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+}
+
+template <bool add>
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+          float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + NR <= n; j += NR) gemm_columns<NV, add>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc);
+  for (; j < n; j += W) gemm_columns<1, add>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc);
+}
+
+}  // namespace
+}  // namespace ek::EK_VARIANT

@@ -1,0 +1,156 @@
+// Vectors of W floats in GCC's vector extensions: one source for every instruction set. For variant sources only, so
+// everything lies in an anonymous namespace inside EK_VARIANT: the linker may never share it between variants.
+#pragma once
+#include <cstdint>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../params.h"
+
+#define EK_INLINE inline __attribute__((always_inline))
+
+namespace ek::EK_VARIANT {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;  // SSE2, NEON
+#endif
+
+// aligned(4): a row starts anywhere. may_alias: it is how memory of any type is read.
+typedef float Vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t HVec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+EK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+EK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+EK_INLINE Vec splat(float x) { return x - Vec{}; }
+EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
+EK_INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+
+EK_INLINE float sum_lanes(Vec x) {
+  float sum = 0;
+  for (int lane = 0; lane < W; lane++) sum += x[lane];
+  return sum;
+}
+
+EK_INLINE float max_lanes(Vec x) {
+  float largest = x[0];
+  for (int lane = 1; lane < W; lane++) largest = x[lane] > largest ? x[lane] : largest;
+  return largest;
+}
+
+EK_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+EK_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+
+EK_INLINE Vec load(const Bf16* p) {
+  const HVec bits = *reinterpret_cast<const HVec*>(p);
+  return (Vec)(__builtin_convertvector(bits, UVec) << 16);
+}
+
+EK_INLINE void store(Bf16* p, Vec x) {  // to the nearest, ties to even, as torch does; a NaN stays one
+  const UVec bits = (UVec)x;
+  const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UVec quiet_nan = (bits >> 16) | 0x40;
+  const UVec is_nan = (UVec)(x != x);
+  *reinterpret_cast<HVec*>(p) = __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), HVec);
+}
+
+#if defined(__AVX512F__)
+EK_INLINE Vec load(const F16* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+EK_INLINE void store(F16* p, Vec x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+EK_INLINE Vec load(const F16* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+EK_INLINE void store(F16* p, Vec x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// float16's exponent is rebased by a multiplication, which makes its subnormals right as well.
+EK_INLINE Vec load(const F16* p) {
+  const UVec bits = __builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec);
+  const UVec magnitude = (bits & 0x7fff) << 13;
+  const Vec finite = (Vec)magnitude * 0x1p112f;
+  const UVec special = magnitude | 0x7f800000;
+  const UVec is_special = (UVec)((bits & 0x7c00) == 0x7c00);
+  return (Vec)(((is_special & special) | (~is_special & (UVec)finite)) | (bits & 0x8000) << 16);
+}
+EK_INLINE void store(F16* p, Vec x) {
+  const UVec bits = (UVec)x, sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const UVec normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 shifts a subnormal's bits to the end of the significand, rounded by the addition itself.
+  const UVec subnormal = (UVec)((Vec)magnitude + 0.5f) - 0x3f000000;
+  const UVec is_subnormal = (UVec)((IVec)magnitude < 0x38800000), overflows = (UVec)((IVec)magnitude >= 0x477ff000);
+  const UVec is_nan = (UVec)((IVec)magnitude > 0x7f800000);
+  UVec half = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  half = (overflows & 0x7c00) | (~overflows & half);
+  half = (is_nan & 0x7e00) | (~is_nan & half);
+  *reinterpret_cast<HVec*>(p) = __builtin_convertvector(half | sign, HVec);
+}
+#endif
+
+// The first n < W elements; the other lanes are 0 and nothing beyond is read or written.
+template <class T>
+EK_INLINE Vec load_first(const T* p, int64_t n) {
+  T padded[W] = {};
+  for (int64_t i = 0; i < n; i++) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class T>
+EK_INLINE void store_first(T* p, Vec x, int64_t n) {
+  T padded[W];
+  store(padded, x);
+  for (int64_t i = 0; i < n; i++) p[i] = padded[i];
+}
+
+// body(offset, load, store) over [0, n) in vectors: whole ones, then the rest through load_first and store_first.
+template <class T>
+EK_INLINE Vec load_at(const T* p, int64_t i, int64_t n) {
+  return i + W <= n ? load(p + i) : load_first(p + i, n - i);
+}
+template <class T>
+EK_INLINE void store_at(T* p, int64_t i, int64_t n, Vec x) {
+  if (i + W <= n) {
+    store(p + i, x);
+  } else {
+    store_first(p + i, x, n - i);
+  }
+}
+
+// e^x for x <= 88, 0 below -87.33 (float32's smallest normal number), NaN for NaN; error < 1 ulp.
+// x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf coefficients).
+EK_INLINE Vec exp(Vec x) {
+  const IVec underflows = x < -87.33654f;
+  x = select(underflows, splat(-87.33654f), x);
+  const Vec shifted = x * 1.44269504f + 0x1.8p23f;  // rounds to an integer in the low bits
+  const Vec n = shifted - 0x1.8p23f;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Vec power = (Vec)((UVec)shifted << 23);  // 2^n times the constant's bits, which the shift removes
+  const Vec result = (Vec)((IVec)y + (IVec)power);
+  return select(x != x, x, select(underflows, Vec{}, result));
+}
+
+}  // namespace
+}  // namespace ek::EK_VARIANT

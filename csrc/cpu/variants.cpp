@@ -1,0 +1,45 @@
+#include "variants.h"
+
+#include <stdexcept>
+
+namespace ek {
+
+#define DECLARE(variant)               \
+  namespace variant {                  \
+  extern const PoolingKernels pooling; \
+  }
+#define VARIANT(variant, supported) {#variant, supported, variant::pooling}
+
+DECLARE(portable)
+#if defined(__x86_64__)
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512_bf16)
+static const bool has_avx2 =
+    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+
+static const std::vector<Variant> all = {
+#if defined(__x86_64__)
+    VARIANT(avx512_bf16, has_bf16), VARIANT(avx512, has_avx512), VARIANT(avx2, has_avx2),
+#endif
+    VARIANT(portable, true),
+};
+
+static const Variant& find(const std::string& name) {
+  for (const Variant& v : all) {
+    if (v.supported && (name.empty() || name == v.name)) return v;
+  }
+  throw std::invalid_argument("no variant '" + name + "' on this CPU");
+}
+
+static const Variant* in_force = &find("");
+
+const std::vector<Variant>& variants() { return all; }
+const Variant& variant() { return *in_force; }
+void force_variant(const std::string& name) { in_force = &find(name); }
+
+}  // namespace ek

@@ -1,0 +1,45 @@
+// Plain structs, one per kernel family: the seam between torch and the kernels. Sizes and strides count elements, and
+// every last dimension has stride 1. Nothing above this file knows a tile, nothing below it knows a tensor.
+#pragma once
+#include <cstdint>
+
+namespace ek {
+
+enum class DType : int32_t { f32, bf16, f16 };
+
+enum PoolMode : int64_t { cls, lasttoken, max, mean, mean_sqrt_len_tokens, weightedmean, sum };
+constexpr int pool_mode_count = 7;
+
+// The visible rows among [start, end), less the first `skipped` of them: `count` rows, from `first` to `last`.
+struct PoolSegment {
+  int64_t start, end, skipped;
+  int64_t first, last, count;
+};
+
+// out[s] = normalise(concatenation over modes of the pooled rows of segment s, cut to out_channels). hidden is seen as
+// flat rows: row r lies at hidden + (r / length) * stride_b + (r % length) * stride_t.
+struct PoolParams {
+  int64_t segments, rows, length, channels, out_channels;  // packed batches: length = rows
+  int64_t modes;
+  const int64_t* mode;  // (modes), PoolMode
+  DType dtype;          // of hidden, out, d_out and d_hidden
+  const void* hidden;
+  int64_t stride_b, stride_t;
+  const PoolSegment* segment;  // (segments)
+  const bool* mask;            // (rows / length, length), rows mask_stride apart; null: every row is visible
+  int64_t mask_stride;
+  bool normalize;
+  float eps;
+  void* out;          // (segments, out_channels)
+  float* pooled;      // (segments, out_channels), before the normalisation
+  int32_t* argmax;    // (segments, channels), row of the maximum relative to start, -1: none; null without max
+  const void* d_out;  // (segments, out_channels), rows d_out_stride apart
+  int64_t d_out_stride;
+  float* d_pooled;                // (segments, out_channels): d_out through normalisation and denominators
+  const int64_t* chunk_segments;  // the segments that touch a chunk of pool_chunk rows, ascending: those of chunk i
+  const int64_t* chunk_offset;    // are chunk_segments[chunk_offset[i]] … chunk_segments[chunk_offset[i + 1] - 1]
+  void* d_hidden;                 // (rows, channels), contiguous
+};
+constexpr int64_t pool_chunk = 64;  // rows of d_hidden that one task writes
+
+}  // namespace ek

@@ -1,0 +1,65 @@
+"""Side-by-side timing: what is compared runs interleaved in one process, and a claim is a ratio of medians or bests."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and the CSV."""
+
+    suite: str
+    work: str  # what is computed, with shapes and dtype
+    against: str  # the peer and its settings
+    ours: float  # in `unit`
+    peer: float
+    ratio: float  # how many times better ours is (peer / ours for times), or the value itself for a share of a peak
+    goal: str  # of the ratio, as in "≥ 1.5"
+    unit: str = "ms"
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each run: `rounds` rounds in which every candidate runs once, after `warmup` rounds that don't count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(warmup + rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def versus(
+    suite: str,
+    work: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    against: str,
+    goal: str,
+    rounds: int = 10,
+    best: bool = False,
+) -> Row:
+    """Times ours and the peer's, interleaved, by the median (or the best) of the rounds."""
+    seconds = interleave({"ours": ours, "peer": peer}, rounds)
+    choose: Callable[[list[float]], float] = min if best else statistics.median
+    a, b = choose(seconds["ours"]), choose(seconds["peer"])
+    return Row(suite, work, against, a * 1e3, b * 1e3, b / a, goal)
+
+
+def gemm_peak(dtype: str = "float32", rounds: int = 8) -> float:
+    """The largest rate, in FLOP/s, of torch's matrix product over several shapes on all threads, in this run."""
+    import torch
+
+    best = 0.0
+    for n in (512, 768, 1024, 1536):
+        a, b = (torch.randn(n, n, dtype=getattr(torch, dtype)) for _ in range(2))
+        seconds = interleave({"mm": lambda a=a, b=b: a @ b}, rounds)["mm"]  # type: ignore[misc]
+        best = max(best, 2 * n**3 / min(seconds))
+    return best

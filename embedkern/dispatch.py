@@ -1,0 +1,81 @@
+"""Which backend runs a call: the first in a fixed order that has no reason not to. Traces under `fullgraph`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Mapping[str, Any]  # a public function's arguments by name, checked
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+
+class Rule(NamedTuple):
+    """A reason why a backend can't take a call; the text is formatted with the call only when somebody asks."""
+
+    refuses: Callable[[Call], bool]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs one family's calls on one kind of device."""
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    forward: Any = None  # operators; None in the reference, which is plain differentiable PyTorch
+    backward: Any = None
+
+    def refuses(self, call: Call) -> bool:
+        return any(rule.refuses(call) for rule in self.rules)
+
+    def reasons(self, call: Call) -> list[str]:
+        return [rule.reason.format(**call) for rule in self.rules if rule.refuses(call)]
+
+
+class Explanation(NamedTuple):
+    """The backend that runs a call, and for each other one why it doesn't."""
+
+    choice: str
+    refused: dict[str, list[str]]
+
+
+def select(family: str, backends: Sequence[Backend], wanted: str | None, call: Call) -> Backend:
+    """The backend for a call: the one `wanted`, or the first that can."""
+    if wanted is not None and wanted not in NAMES:
+        raise ValueError(f"backend must be one of {NAMES} or None, got {wanted!r}")
+    for backend in backends:
+        if wanted is not None and wanted != backend.name:
+            continue
+        if not backend.refuses(call):
+            if wanted is None and backend.name == "reference" and not torch.compiler.is_compiling():
+                _warn_of_fallback(family, backends, call)
+            return backend
+        if wanted is not None:
+            raise NotImplementedError(f"{family}: backend {wanted!r} can't run this: {'; '.join(backend.reasons(call))}")
+    raise NotImplementedError(f"{family}: there is no {wanted!r} backend for it yet")
+
+
+def explain(backends: Sequence[Backend], wanted: str | None, call: Call) -> Explanation:
+    reasons = {backend.name: backend.reasons(call) for backend in backends}
+    for name in NAMES:
+        reasons.setdefault(name, ["not written yet"])
+    able = [backend.name for backend in backends if not reasons[backend.name] and wanted in (None, backend.name)]
+    choice = able[0] if able else "none"
+    refused = {name: why or [f"able, but {choice} was chosen"] for name, why in reasons.items() if name != choice}
+    return Explanation(choice, refused)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_fallback(family: str, backends: Sequence[Backend], call: Call) -> None:
+    if family in _warned:
+        return
+    _warned.add(family)
+    why = "; ".join(f"{b.name}: {', '.join(b.reasons(call))}" for b in backends if b.name != "reference")
+    warnings.warn(f"embedkern.{family} runs on the slow reference backend ({why})", stacklevel=4)

@@ -1,0 +1,79 @@
+"""One table: every operator's signature and fake. C++ kernels attach by name and are compared with it on import.
+
+A size or a count is a SymInt: declared as int, each new value would compile anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOL_MODES = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "sum")  # csrc/params.h
+
+
+def _pool_forward(
+    hidden: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    skip: Tensor | None,
+    spans: Tensor | None,
+    modes: list[int],
+    out_channels: int,
+    normalize: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if spans is not None:
+        segments = spans.shape[0]
+    elif cu_seqlens is not None:
+        segments = cu_seqlens.shape[0] - 1
+    else:
+        segments = hidden.shape[0]
+    with_argmax = segments if POOL_MODES.index("max") in modes else 0
+    return (
+        hidden.new_empty((segments, out_channels)),
+        hidden.new_empty((segments, out_channels), dtype=torch.float32),
+        hidden.new_empty((with_argmax, hidden.shape[-1]), dtype=torch.int32),
+    )
+
+
+def _pool_backward(d_out: Tensor, pooled: Tensor, argmax: Tensor, shape: list[int], *_: Any) -> Tensor:
+    return d_out.new_empty(shape)
+
+
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "pool_forward": (
+        "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
+        "SymInt out_channels, bool normalize, float eps) -> (Tensor out, Tensor pooled, Tensor argmax)",
+        _pool_forward,
+    ),
+    "pool_backward": (
+        "(Tensor d_out, Tensor pooled, Tensor argmax, SymInt[] shape, Tensor? lengths, Tensor? mask, "
+        "Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, SymInt out_channels, bool normalize, "
+        "float eps) -> Tensor",
+        _pool_backward,
+    ),
+}
+
+
+def check_kernels(
+    kernels: Iterable[tuple[str, str]], operators: Mapping[str, tuple[str, Callable[..., Any]]] = OPERATORS
+) -> None:
+    """Raise if a C++ kernel's types differ from its row. torch itself compares only the number of arguments."""
+    for name, signature in kernels:
+        schema = torch._C.parse_schema(name + operators[name][0])
+        arguments = [str(argument.type) for argument in schema.arguments]
+        row = " ".join([*arguments, "->", *(str(result.type) for result in schema.returns)])
+        if signature.strip() != row:
+            raise TypeError(f"{name}: schema.py says {row!r}, C++ {signature.strip()!r}")
+
+
+_library = torch.library.Library("embedkern", "DEF")  # the operators live as long as this object
+for _name, (_signature, _fake) in OPERATORS.items():
+    _library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"embedkern::{_name}", _fake, lib=_library)
+
+OPS = torch.ops.embedkern
