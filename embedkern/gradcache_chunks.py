@@ -100,8 +100,8 @@ def plan(
         lengths, starts, ends = ([values[row] for row in ranked] for values in (lengths, starts, ends))
     chunks = []
     for i, j in _pack(lengths, size, tokens):
-        start = min(starts[i:j], default=0)
-        columns = slice(start, max(ends[i:j], default=width - 1) + 1)
+        start, end = min(starts[i:j], default=0), max(ends[i:j], default=width - 1)
+        columns = slice(start, max(start, end) + 1)  # one column at least: all of these texts may be empty
         take = slice(i, j) if order is None else order[i:j]
         chunks.append(Chunk(index, _Slice(model_input, take, columns, (rows, width)), columns))
     return Tower(chunks, order, width)

@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, OptionalTensor lengths
   p.stride_b = hidden.dim() == 3 ? hidden.stride(0) : 0;
   Tensor out = torch::stable::new_empty(hidden, {p.segments, out_channels});
   Tensor pooled = torch::stable::new_empty(hidden, {p.segments, out_channels}, ek::ScalarType::Float);
-  Tensor argmax = torch::stable::new_empty(hidden, {p.takes_maximum() ? p.segments : 0, p.channels}, ek::ScalarType::Int);
+  Tensor argmax = torch::stable::new_empty(hidden, {p.takes_maximum() ? p.segments : 0, out_channels}, ek::ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.pooled = pooled.mutable_data_ptr<float>();
   p.argmax = p.takes_maximum() ? argmax.mutable_data_ptr<int32_t>() : nullptr;

@@ -82,17 +82,17 @@ void pool_typed(const PoolParams& p, int64_t segment, int64_t block, float* scra
   const int64_t c = block * pool_block, width = least(pool_block, p.channels - c);
   float* pooled = p.pooled + segment * p.out_channels + c;
   float *part = scratch, *error = scratch + pool_mode_count * pool_block;
-  int32_t* argmax = p.argmax ? p.argmax + segment * p.channels + c : nullptr;
+  int32_t* argmax = p.argmax + segment * p.out_channels + c;
   bool sums = false, ranks = false, maximum = false;
   for (int64_t m = 0; m < p.modes; m++) {
     const int64_t n = columns(p, m, c, width);
     for (int64_t i = 0; i < n; i++) pooled[m * p.channels + i] = 0;
     for (int64_t i = 0; i < n; i++) part[m * pool_block + i] = error[m * pool_block + i] = 0;
+    for (int64_t i = 0; p.argmax && i < n; i++) argmax[m * p.channels + i] = -1;
     sums |= p.mode[m] == mean || p.mode[m] == mean_sqrt_len_tokens || p.mode[m] == ek::sum;
     ranks |= p.mode[m] == weightedmean;
     maximum |= p.mode[m] == ek::max;
   }
-  for (int64_t i = 0; argmax && i < width; i++) argmax[i] = -1;
   if (s.count == 0) return;
 
   const T* rows[4];
@@ -106,7 +106,7 @@ void pool_typed(const PoolParams& p, int64_t segment, int64_t block, float* scra
     weights[waiting++] = float(s.skipped + ++seen);
     for (int64_t m = 0; maximum && m < p.modes; m++) {
       const int64_t n = p.mode[m] == ek::max ? columns(p, m, c, width) : 0;
-      take_maximum(pooled + m * p.channels, argmax, rows[waiting - 1], int32_t(row - s.start), n);
+      take_maximum(pooled + m * p.channels, argmax + m * p.channels, rows[waiting - 1], int32_t(row - s.start), n);
     }
     if (waiting < 4 && row < s.last) continue;
     for (int64_t m = 0; m < p.modes; m++) {
@@ -203,7 +203,7 @@ void add_gradient(const PoolParams& p, int64_t segment, int64_t row, float rank,
     if ((mode == cls && row != s.first) || (mode == lasttoken && row != s.last)) continue;
     const float* d_x = p.d_pooled + segment * p.out_channels + m * p.channels;
     const float weight = mode == weightedmean ? rank : 1;
-    const float* argmax = reinterpret_cast<const float*>(p.argmax + segment * p.channels);
+    const float* argmax = reinterpret_cast<const float*>(p.argmax + segment * p.out_channels + m * p.channels);
     for (int64_t c = 0; c < n; c += W) {
       Vec d = weight * load_at(d_x, c, n);
       if (mode == ek::max) d = select((IVec)load_at(argmax, c, n) == int32_t(row - s.start), d, Vec{});

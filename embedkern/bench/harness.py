@@ -25,7 +25,7 @@ class Row:
 def interleave(
     candidates: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each run: `rounds` rounds in which every candidate runs once, after `warmup` rounds that don't count."""
+    """Seconds of each run: in each of `rounds` rounds every candidate runs once; `warmup` rounds before don't count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, run in candidates.items():
