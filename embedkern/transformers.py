@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from embedkern.ops.attention import attention, attention_varlen
 
-__all__ = ["attention_forward", "attention_mask", "patch", "patched", "unpatch"]
+__all__ = ["attention_forward", "make_mask", "patch", "patched", "unpatch"]
 
 NAME = "embedkern"
 logger = logging.get_logger(__name__)
@@ -35,7 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 # attn_implementation="embedkern"
 
 
-def attention_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+def make_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """transformers' mask interface: a key mask (B, Lk) for padding alone, else what sdpa gets, bool (B, 1, Lq, Lk).
 
     Only `bidirectional_mask_function` itself is padding alone. Every other function, a causal one included, is
@@ -113,10 +113,10 @@ def attention_forward(
         )
         return out[None, ..., :width], None
 
-    if cu_seq_lens_q is not None:
+    if cu_seq_lens_q is not None and attention_mask is not None:
         attention_mask = _within_sequences(attention_mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
     if attention_mask is None:
-        masks = {}
+        masks: dict[str, Tensor] = {}
     elif attention_mask.ndim == 2:
         masks = {"key_mask": attention_mask}
     else:
@@ -153,7 +153,7 @@ def _within_sequences(mask: Tensor, query: Tensor, key: Tensor, cu_q: Tensor, cu
 
 
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, attention_mask)
+AttentionMaskInterface.register(NAME, make_mask)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # patch
@@ -203,13 +203,15 @@ class _Patch:
     """
 
     def __init__(self, encoder: PreTrainedModel, reads_first_token: bool) -> None:
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.reads_first_token = reads_first_token
         self.own_forward = vars(encoder).get("forward")
-        configs = {id(m.config): m.config for m in encoder.modules() if hasattr(m, "config")}
+        configs: dict[int, Any] = {id(m.config): m.config for m in encoder.modules() if hasattr(m, "config")}
         # Models may share a config object: the first patch knows what to restore, the last one restores it.
-        known = {id(config): name for patch in _live for config, name in patch.configs}
-        self.configs = [(c, known.get(i, c._attn_implementation)) for i, c in configs.items()]
+        known: dict[int, str | None] = {id(config): name for patch in _live for config, name in patch.configs}
+        self.configs: list[tuple[Any, str | None]] = [
+            (c, known.get(i, c._attn_implementation)) for i, c in configs.items()
+        ]
 
     def install(self, unpad: bool) -> None:
         vars(self.encoder)["_embedkern_patch"] = self
@@ -411,10 +413,8 @@ def _encoders(model: nn.Module, unpad: bool) -> list[tuple[PreTrainedModel, bool
 
 def _is_served(model: PreTrainedModel) -> bool:
     # A subclass counts (FSDP makes one) unless it has its own forward, about which nothing is known.
-    return any(
-        f"{base.__module__}.{base.__qualname__}" in SERVED and type(model).forward is base.forward
-        for base in type(model).__mro__
-    )
+    bases = (base for base in type(model).__mro__ if f"{base.__module__}.{base.__qualname__}" in SERVED)
+    return any(type(model).forward is vars(base)["forward"] for base in bases)
 
 
 def _check_options(encoder: PreTrainedModel, head: PreTrainedModel | None, unpad: bool) -> None:
@@ -423,7 +423,7 @@ def _check_options(encoder: PreTrainedModel, head: PreTrainedModel | None, unpad
         raise NotImplementedError(f"{name}: decoders (config.is_decoder) aren't served yet")
     if unpad and hasattr(head, "qa_outputs"):
         raise NotImplementedError(f"{name}: its softmax over positions includes the padding; patch with unpad=False")
-    if unpad and getattr(encoder.config, "chunk_size_feed_forward", 0):
+    if unpad and getattr(encoder.config, "chunk_size_feed_forward", False):
         raise NotImplementedError(
             f"{name}: config.chunk_size_feed_forward has to divide the length, which packing changes; use unpad=False"
         )
