@@ -63,3 +63,13 @@ def gemm_peak(dtype: str = "float32", rounds: int = 8) -> float:
         seconds = interleave({"mm": lambda a=a, b=b: a @ b}, rounds)["mm"]  # type: ignore[misc]
         best = max(best, 2 * n**3 / min(seconds))
     return best
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the rest of this process, so that large results cost no page faults."""
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
