@@ -7,9 +7,13 @@ from typing import Any
 
 from .. import dispatch
 from ..dispatch import Explanation
-from . import pooling
+from . import attention, pooling
 
-FAMILIES = {"pool": (pooling.pool, pooling.check, pooling.BACKENDS)}
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "attention": (attention.attention, attention.check, attention.BACKENDS),
+    "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.VARLEN_BACKENDS),
+    "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
+}
 
 
 def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
