@@ -7,9 +7,12 @@ from typing import Any
 
 from .. import dispatch
 from ..dispatch import Explanation
-from . import pooling
+from . import infonce, pooling
 
-FAMILIES = {"pool": (pooling.pool, pooling.check, pooling.BACKENDS)}
+FAMILIES = {
+    "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
+    "info_nce": (infonce.info_nce, infonce.check, infonce.BACKENDS),
+}
 
 
 def explain(name: str, *args: Any, **kwargs: Any) -> Explanation:
