@@ -327,7 +327,7 @@ class _Meter:
 
     def __init__(self, budget: float, given: Iterable[Tensor]) -> None:
         self.room = budget
-        self.counted = {_storage(t)[0] for t in given} if budget else set()
+        self.counted = {key for t in given for key, _ in _storages(t)} if budget else set()
 
     @contextmanager
     def chunk(self) -> Iterator[_Graph]:
@@ -356,10 +356,10 @@ class _Graph:
     def pack(self, t: Tensor) -> _Saved | None:
         if not self.fits:
             return None
-        key, size = _storage(t)
-        if key not in self.storages and key not in self.counted:
-            self.storages.add(key)
-            self.bytes += size
+        for key, size in _storages(t):
+            if key not in self.storages and key not in self.counted:
+                self.storages.add(key)
+                self.bytes += size
         if self.bytes > self.room:
             self.fits = False
             for saved in self.saved:
@@ -376,9 +376,14 @@ def _unpack(saved: _Saved) -> Tensor:
     return saved.tensor
 
 
-def _storage(t: Tensor) -> tuple[int, int]:
-    storage = t.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _storages(t: Tensor) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of what a tensor lies in; several for subclasses that hold tensors, as DTensor does."""
+    if hasattr(t, "__tensor_flatten__"):
+        for inner in (getattr(t, name) for name in t.__tensor_flatten__()[0]):
+            yield from _storages(inner) if isinstance(inner, Tensor) else ()
+    else:
+        storage = t.untyped_storage()
+        yield storage.data_ptr(), storage.nbytes()
 
 
 def _same(x: Any) -> Any:
