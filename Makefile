@@ -38,6 +38,10 @@ format: $(VENV)/native
 bench: $(VENV)/native
 	$(BIN)/embedkern bench --out benchmarks/results $(ARGS)
 
+docs: $(VENV)/native
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 # torch is pinned: without it, a CUDA build of several GB may come. An isolated build would fetch torch once more.
 $(VENV)/tools: constraints.txt
 	$(PYTHON) -m venv $(VENV)
