@@ -78,7 +78,8 @@ def attention_forward(
     made: `output_attentions` gets None in their place.
 
     Raises:
-        NotImplementedError: for arguments of other attention variants (`position_bias`, `s_aux`, a paged `cache`).
+        NotImplementedError: for arguments of other attention variants (`position_bias`, `s_aux`, a paged `cache`), and
+            for causal attention without a mask where 1 < Lq != Lk.
         ValueError: packed input with B > 1, with a padding mask, or with keys that cu_seq_lens_k doesn't describe.
     """
     for name in ("position_bias", "s_aux", "cache"):
@@ -91,10 +92,15 @@ def attention_forward(
         )
     if is_causal is None:
         # A decoder's layers keep is_causal=True when config.is_causal=False makes its mask bidirectional.
-        is_causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
-    options = {
+        config = getattr(module, "config", None)
+        is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    causal = bool(is_causal) and attention_mask is None
+    if causal and cu_seq_lens_q is None and 1 < query.shape[2] != key.shape[2]:
+        # sdpa aligns the diagonal to the first key, flash attention and this op to the last.
+        raise NotImplementedError(f"causal, {query.shape[2]} queries, {key.shape[2]} keys and no mask to align them")
+    options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "causal": bool(is_causal) and attention_mask is None,
+        "causal": causal,
         "softcap": softcap,
         "dropout_p": dropout,
     }
@@ -103,8 +109,11 @@ def attention_forward(
 
     if cu_seq_lens_q is not None and (attention_mask is None or attention_mask.ndim == 2):
         _check_packed(query, key, attention_mask, cu_seq_lens_k)
-        out = attention_varlen(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),  # (1, H, T, D) → (T, H, D), no copy
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (1, H, T, D) → (T, H, D), no copy
+        out: Any = attention_varlen(
+            query,
+            key,
+            value,
             cu_seq_lens_q,
             cu_seq_lens_k,
             max_seqlen_q=max_length_q,
@@ -116,7 +125,7 @@ def attention_forward(
     if cu_seq_lens_q is not None and attention_mask is not None:
         attention_mask = _within_sequences(attention_mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
     if attention_mask is None:
-        masks: dict[str, Tensor] = {}
+        masks: dict[str, Any] = {}
     elif attention_mask.ndim == 2:
         masks = {"key_mask": attention_mask}
     else:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -243,7 +244,9 @@ def test_padding_is_not_read():
 
 
 @pytest.mark.parametrize("mask", [None, "ones"])
-def test_without_padding(mask):
+def test_without_padding(mask, monkeypatch):
+    original, masks = ekt.attention, []
+    monkeypatch.setattr(ekt, "attention", lambda *a, **k: (masks.append(k.get("key_mask")), original(*a, **k))[1])
     model = tiny("Bert")
     inputs = batch(model, lengths=(6, 6))
     inputs["attention_mask"] = None if mask is None else inputs["attention_mask"]
@@ -251,6 +254,7 @@ def test_without_padding(mask):
     got = patch(model)(**inputs)
     torch.testing.assert_close(got.last_hidden_state, wanted.last_hidden_state, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got.pooler_output, wanted.pooler_output, rtol=1e-10, atol=1e-10)
+    assert masks == [None, None]
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -388,6 +392,44 @@ def test_unknown_mask_function_becomes_a_mask():
     odd = ekt.make_mask(mask_function=lambda b, h, q, k: (q + k) % 2 == 0, attention_mask=key_mask, **common)
     pattern = (torch.arange(3)[:, None] + torch.arange(3)) % 2 == 0
     assert torch.equal(odd, pattern & key_mask[:, None, None])
+    # a static cache: keys before kv_offset are gone, keys beyond the mask not there yet
+    got = ekt.make_mask(
+        mask_function=bidirectional_mask_function, attention_mask=key_mask, **dict(common, kv_offset=1, kv_length=4)
+    )
+    assert got.tolist() == [[True, False, False, False], [True, True, False, False]]
+    with pytest.raises(ValueError, match="3 dims"):
+        ekt.make_mask(mask_function=bidirectional_mask_function, attention_mask=key_mask[None], **common)
+
+
+def test_interface_against_sdpa():
+    q, k, v = (torch.randn(2, heads, 5, 12, dtype=torch.float64) for heads in (4, 2, 2))
+    v = torch.cat([v, v], -1)[..., :20]  # value's own width
+    key_mask = torch.tensor([[True] * 3 + [False] * 2, [False] + [True] * 4])
+    causal, free = nn.Module(), nn.Module()
+    causal.is_causal, free.is_causal = True, False
+    made_free = copy.copy(causal)
+    made_free.config = transformers.LlamaConfig(is_causal=False)
+    sdpa = partial(nn.functional.scaled_dot_product_attention, q, k, v, enable_gqa=True)
+    cases = [
+        (causal, {}, sdpa(is_causal=True)),
+        (nn.Module(), {}, sdpa(is_causal=True)),  # sdpa's default
+        (free, {}, sdpa()),
+        (made_free, {}, sdpa()),
+        (causal, {"is_causal": False}, sdpa()),
+        (free, {"is_causal": True, "scaling": 0.7}, sdpa(is_causal=True, scale=0.7)),
+        (causal, {"attention_mask": key_mask}, sdpa(attn_mask=key_mask[:, None, None])),
+    ]
+    for module, options, wanted in cases:
+        out, weights = ekt.attention_forward(module, q, k, v, options.pop("attention_mask", None), **options)
+        assert weights is None
+        torch.testing.assert_close(out, wanted.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    z = 2.0 * torch.tanh(q @ k.repeat_interleave(2, 1).mT * 12**-0.5 / 2.0)
+    capped = ekt.attention_forward(free, q, k, v, None, softcap=2.0)[0]
+    torch.testing.assert_close(
+        capped, (z.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2), rtol=1e-12, atol=1e-12
+    )
+    with pytest.raises(NotImplementedError, match="align"):
+        ekt.attention_forward(causal, q[:, :, :3], k, v, None)
 
 
 def test_variants_that_the_op_lacks_raise():
@@ -603,7 +645,7 @@ def test_calls_that_cannot_be_packed_say_so():
     with pytest.warns(UserWarning, match="is_causal runs padded"):
         model(**inputs, is_causal=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="embedkern: a call")
         model(**inputs, num_items_in_batch=3)
 
 
