@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from itertools import islice, product
 from pathlib import Path
@@ -127,7 +128,15 @@ def test_wordnet_is_looked_for_and_missed(tmp_path: Path, dictionary: Path, monk
     with pytest.raises(SystemExit, match=r"no data\.noun"):
         wordnet.find(tmp_path, tmp_path)
     assert wordnet.find(dictionary.parent, tmp_path) == dictionary
-    assert wordnet.find(None, dictionary) == dictionary
+    assert wordnet.find(None, dictionary) == dictionary  # already there
+
+    def copy(scratch: Path) -> None:
+        shutil.copytree(dictionary, scratch / "deep" / "inside")
+
+    monkeypatch.setitem(wordnet.SOURCES, "a third way", copy)
+    assert wordnet.find(None, tmp_path / "cache") == tmp_path / "cache"
+    assert wordnet.read_pairs(tmp_path / "cache") == wordnet.read_pairs(dictionary)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
 # -- the run

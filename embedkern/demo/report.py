@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
@@ -128,7 +129,9 @@ def write_plot(values: dict[str, Any], path: Path) -> None:
             by_step.plot(range(1, len(seconds) + 1), training["loss"], style)
             by_time.plot(seconds, training["loss"], style, label=key.replace("_", "-"))
     by_step.set(xlabel="step", ylabel=f"loss, {values['settings']['batch_size']:,} pairs a step")
+    by_step.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set(xlabel="seconds of training")
+    by_time.set_xlim(left=0)
     by_time.legend()
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)

