@@ -4,11 +4,12 @@
 
 namespace ek {
 
-#define DECLARE(variant)               \
-  namespace variant {                  \
-  extern const PoolingKernels pooling; \
+#define DECLARE(variant)                   \
+  namespace variant {                      \
+  extern const PoolingKernels pooling;     \
+  extern const AttentionKernels attention; \
   }
-#define VARIANT(variant, supported) {#variant, supported, variant::pooling}
+#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::attention}
 
 DECLARE(portable)
 #if defined(__x86_64__)

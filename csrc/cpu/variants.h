@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "pooling.h"
 
 namespace ek {
@@ -11,6 +12,7 @@ struct Variant {
   std::string name;
   bool supported;  // by this CPU
   const PoolingKernels& pooling;
+  const AttentionKernels& attention;
 };
 
 const std::vector<Variant>& variants();       // best first

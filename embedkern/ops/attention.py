@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..backends import native
 from ..dispatch import Backend
 from ..reference import attention as reference
 from . import common
 
-BACKENDS = (Backend("reference"),)
-VARLEN_BACKENDS = (Backend("reference"),)
+BACKENDS = (native.ATTENTION, Backend("reference"))
+VARLEN_BACKENDS = (native.ATTENTION_VARLEN, Backend("reference"))
 
 
 def attention(
@@ -207,7 +208,9 @@ def check_varlen(
     if key.shape[2] != dim:
         raise ValueError(f"key must have shape (Tk, Hkv, {dim}) as query {_shape(query)}, got {_shape(key)}")
     if value.shape[0] != tokens_k or value.shape[1] != kv_heads:
-        raise ValueError(f"value must have shape ({tokens_k}, {kv_heads}, Dv) as key {_shape(key)}, got {_shape(value)}")
+        raise ValueError(
+            f"value must have shape ({tokens_k}, {kv_heads}, Dv) as key {_shape(key)}, got {_shape(value)}"
+        )
     query, key, value = _check_inputs(query, key, value, heads, kv_heads)
     common.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, "query")
     if cu_seqlens_k is not None:
@@ -385,11 +388,15 @@ class AttentionFunction(torch.autograd.Function):
             backend = dispatch.select("attention", BACKENDS, backend, call)
             if backend.forward is None:
                 return _reference_forward(ctx, reference.attention, call)
-        raise NotImplementedError
+            query, key, value = call["query"], call["key"], call["value"]
+        return _forward(ctx, backend, query, key, value, (key_lengths, key_mask, None, None), temperature, scale)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
-        return _reference_backward(ctx, reference.attention, d_out, d_lse)
+        if ctx.backend is None:
+            return _reference_backward(ctx, reference.attention, d_out, d_lse)
+        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
 
 
 class AttentionVarlenFunction(torch.autograd.Function):
@@ -423,21 +430,72 @@ class AttentionVarlenFunction(torch.autograd.Function):
             backend = dispatch.select("attention_varlen", VARLEN_BACKENDS, backend, call)
             if backend.forward is None:
                 return _reference_forward(ctx, reference.attention_varlen, call)
-        raise NotImplementedError
+            query, key, value = call["query"], call["key"], call["value"]
+        places = None, None, cu_seqlens_q, cu_seqlens_k
+        return _forward(ctx, backend, query, key, value, places, temperature, scale)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
-        gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
-        return (*gradients[:5], None, None, *gradients[5:])
+        if ctx.backend is None:
+            gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
+            return (*gradients[:5], None, None, *gradients[5:])
+        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
+
+
+def _forward(
+    ctx: Any,
+    backend: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: tuple[Tensor | None, ...],
+    temperature: float | Tensor,
+    scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """places: key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k."""
+    tau, tau_number = (temperature.float(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+    if isinstance(scale, Tensor):
+        factor, factor_number = scale.float(), 1.0
+    else:
+        factor, factor_number = None, query.shape[-1] ** -0.5 if scale is None else float(scale)
+    ctx.set_materialize_grads(False)
+    ctx.backend = backend
+    ctx.numbers = tau_number, factor_number
+    ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (temperature, scale)]
+    ctx.save_for_backward(query, key, value, *places, tau, factor)
+    return backend.forward(query, key, value, *places, tau, tau_number, factor, factor_number)
+
+
+def _backward(
+    ctx: Any, factors: tuple[int, int], d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """factors: where temperature and scale stand among the Function's arguments."""
+    query, key, value, *places, tau, factor = ctx.saved_tensors
+    if d_out is None:
+        d_out = value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, *factors)]
+    tau_number, factor_number = ctx.numbers
+    gradients = ctx.backend.backward(
+        d_out, d_lse, query, key, value, *places, tau, tau_number, factor, factor_number, *needs
+    )
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    for i, dtype in enumerate(ctx.dtypes, start=3):
+        wanted[i] = None if wanted[i] is None else wanted[i].to(dtype)
+    return common.first_derivatives("attention", wanted, (d_out, d_lse, query, key, value, tau, factor))
 
 
 def _reference_forward(ctx: Any, function: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    ctx.backend = None
+    ctx.set_materialize_grads(False)
     call["seed"] = reference.draw_seed(call["query"]) if call["dropout_p"] > 0 else None
     ctx.call = call
     return function(**call)
 
 
-def _reference_backward(ctx: Any, function: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _reference_backward(
+    ctx: Any, function: Any, d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     arguments = tuple(ctx.call.values())
     needed = [isinstance(x, Tensor) and x.dtype.is_floating_point and x.requires_grad for x in arguments]
     return common.reference_gradients(function, arguments, needed, (d_out, d_lse))

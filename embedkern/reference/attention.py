@@ -6,10 +6,11 @@ z = cap(scale · q·kᵀ) + bias + relative_bias,  u = z / temperature,  out = s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..schema import memory_order
 
 
 def attention(
@@ -64,7 +65,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv) → out (Tq, Hq, Dv), lse (Tq, Hq): each sequence alone."""
+    """query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv) → out (Tq, Hq, Dv), lse (Tq, Hq)."""
     tokens, heads, _ = query.shape
     bounds_q = _bounds("cu_seqlens_q", cu_seqlens_q, tokens)
     bounds_k = bounds_q if cu_seqlens_k is None else _bounds("cu_seqlens_k", cu_seqlens_k, key.shape[0])
@@ -198,7 +199,7 @@ def draw_seed(like: Tensor) -> Tensor:
 
 
 def dropout_factors(seed: Tensor, rows: Tensor, len_k: int, dropout_p: float, dtype: torch.dtype) -> Tensor:
-    """rows (…, 1) → (…, Lk): 0 with probability dropout_p, else 1 / (1 - dropout_p); a function of seed, row and key."""
+    """rows (…, 1) → (…, Lk): 0 with probability dropout_p, else 1 / (1 - dropout_p); from seed, row and key alone."""
     if dropout_p >= 1:
         return torch.zeros((), dtype=dtype, device=rows.device)
     columns = torch.arange(len_k, device=rows.device)
@@ -213,11 +214,6 @@ def _mix(x: Tensor) -> Tensor:
         x = (x ^ (x >> shift)) * factor
     x = x & 0xFFFFFFFF
     return x ^ (x >> 15)
-
-
-def memory_order(strides: Sequence[int]) -> list[int]:
-    """The dims before the last from the outermost to the innermost in memory, then the last."""
-    return [*sorted(range(len(strides) - 1), key=lambda dim: -strides[dim]), len(strides) - 1]
 
 
 def in_order_of(like: Tensor, x: Tensor) -> Tensor:
