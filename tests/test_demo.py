@@ -214,7 +214,8 @@ def test_interrupted_run_resumes(
         demo(dictionary, tmp_path)
     with pytest.raises(SystemExit, match="seed was 0, now 1"):
         demo(dictionary, tmp_path, "--resume", "--seed", "1", "--ask", "cake of a monk")
-    assert demo(dictionary, tmp_path, "--resume", "--ask", "cake of a monk") == 0
+    again = ["--wordnet", str(dictionary), "--out", str(tmp_path), "--resume"]
+    assert main([*again, "--ask", "cake of a monk"]) == 0  # with the saved settings
     assert lasting(figures(tmp_path)) == lasting(figures(whole_run))
     with pytest.raises(SystemExit, match="no interrupted run"):
         demo(dictionary, tmp_path, "--resume")

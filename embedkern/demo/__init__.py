@@ -47,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compare-steps", type=int, metavar="N", help="only the comparison's first N steps")
     p.add_argument("--short", action="store_true", help="a run of seconds: 600 pairs, two small steps")
     again = p.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the interrupted run in --out")
+    again.add_argument("--resume", action="store_true", help="continue the interrupted run in --out, with its settings")
     again.add_argument("--fresh", action="store_true", help="start anew, whatever is in --out")
     return p

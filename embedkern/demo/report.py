@@ -142,9 +142,10 @@ def write_plot(values: dict[str, Any], path: Path) -> None:
 
 
 def print_quality(before: Quality, after: Quality, candidates: int, words: int) -> None:
-    print(f"\n{candidates:,} held-out definitions, {candidates:,} candidates    before     after")
+    title = f"{candidates:,} held-out definitions, {candidates:,} candidates"
+    print(f"\n{title:50} {'before':>8} {'after':>8}")
     for name, label in (("recall_at_1", "recall@1"), ("recall_at_10", "recall@10"), ("mrr_at_10", "MRR@10")):
-        print(f"{label:>48}    {getattr(before, name):.4f}    {getattr(after, name):.4f}")
+        print(f"{label:50} {getattr(before, name):8.4f} {getattr(after, name):8.4f}")
     print(f"\nTyped definitions, answered from {words:,} common words:")
     for definition in after.answers:
         print(f"  {definition}")

@@ -26,11 +26,11 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not state.exists():
         raise SystemExit(f"there is no interrupted run in {out}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = choose(args)
+    settings = choose(args, Run.saved_settings(state) if args.resume else None)
 
     folder = wordnet.find(args.wordnet, out / "wordnet")
     split = load_split(folder, settings)
-    words = wordnet.common_words(folder)[:: SHORT_STRIDE if args.short else 1]
+    words = wordnet.common_words(folder)[:: SHORT_STRIDE if settings.pairs else 1]
     asked = (*report.EXAMPLES, *(args.ask or ()))
     say(f"{len(split.train):,} pairs to train on, {len(split.test):,} held out; {'bf16' if settings.bf16 else 'fp32'}")
 
@@ -78,20 +78,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def choose(args: argparse.Namespace) -> Settings:
-    """The settings that the arguments ask for."""
-    has_bf16 = _native.variants()["avx512_bf16"]
+def choose(args: argparse.Namespace, saved: Settings | None) -> Settings:
+    """The settings that the arguments ask for; those that they leave open are the saved run's, or the defaults."""
+    base = replace(SHORT if args.short else Settings(), bf16=_native.variants()["avx512_bf16"])
     asked = {
         "steps": args.steps,
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "memory_budget": args.memory_budget and args.memory_budget * 1e9,
-        "bf16": args.precision == "bf16" or (args.precision == "auto" and has_bf16),
-        "distinct": args.compare,
+        "bf16": None if args.precision == "auto" else args.precision == "bf16",
+        "distinct": args.compare or None,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
-    return replace(SHORT if args.short else Settings(), **given)
+    return replace(saved or base, **{name: value for name, value in asked.items() if value is not None})
 
 
 def write(out: Path, figures: dict[str, Any]) -> None:

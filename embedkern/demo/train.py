@@ -123,6 +123,10 @@ class Run:
             torch.save(state, unfinished)
             os.replace(unfinished, path)
 
+    @staticmethod
+    def saved_settings(path: Path) -> Settings:
+        return Settings(**torch.load(path, weights_only=True)["settings"])
+
     def load(self, path: Path) -> None:
         """Continue from a saved state."""
         state = torch.load(path, weights_only=True)
