@@ -331,23 +331,24 @@ enum class Layout : int32_t { padded, packed, spans };
 
 // [from, to): the segments that may touch rows [begin, end); each one is looked at more closely.
 struct Candidates {
-  int64_t from, to;
+  int32_t from, to;  // a block each launched them: they fit
 
-  __device__ Candidates(const PoolParams& p, Layout layout, int64_t begin, int64_t end) : from(0), to(p.segments) {
+  __device__ Candidates(const PoolParams& p, Layout layout, int64_t begin, int64_t end)
+      : from(0), to(int32_t(p.segments)) {
     if (layout == Layout::padded) {
-      from = begin / p.length;
-      to = (end - 1) / p.length + 1;
+      from = int32_t(begin / p.length);
+      to = int32_t((end - 1) / p.length + 1);
     } else if (layout == Layout::packed) {  // they lie in order: the first that ends after begin, that starts at end
-      from = first_where(p.segments, [&](int64_t s) { return p.segment[s].end > begin; });
-      to = first_where(p.segments, [&](int64_t s) { return p.segment[s].start >= end; });
+      from = first_where(p, [&](const PoolSegment& s) { return s.end > begin; });
+      to = first_where(p, [&](const PoolSegment& s) { return s.start >= end; });
     }
   }
   template <class Predicate>
-  __device__ static int64_t first_where(int64_t n, const Predicate& holds) {
-    int64_t low = 0, high = n;
+  __device__ static int32_t first_where(const PoolParams& p, const Predicate& holds) {
+    int32_t low = 0, high = int32_t(p.segments);
     while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (holds(middle)) {
+      const int32_t middle = low + (high - low) / 2;
+      if (holds(p.segment[middle])) {
         high = middle;
       } else {
         low = middle + 1;
@@ -364,8 +365,11 @@ __device__ inline int64_t count_visible(const PoolParams& p, int64_t begin, int6
   return n;
 }
 
-// A warp of d_rows has 4 neighbouring rows and 32 × 16 bytes of each: what d_pooled holds is loaded once for them.
-constexpr int warp_rows = 4, block_rows = warps * warp_rows;
+// A block of d_rows writes 64 rows, 32 × 16 bytes of each. A warp takes 2 or 4 neighbouring rows at a time, as many as
+// registers allow without spills: what d_pooled holds is loaded once for them.
+constexpr int64_t block_rows = 64;
+template <class T>
+constexpr int warp_rows = 16 / Pack<T>::size;
 
 // Bits low … high, those that there are.
 __device__ inline uint32_t bits_between(int64_t low, int64_t high) {
@@ -373,11 +377,11 @@ __device__ inline uint32_t bits_between(int64_t low, int64_t high) {
   return low > high ? 0 : (~0u << low) & (~0u >> (31 - high));
 }
 
-// gradient += what segment `index` gives to rows [begin, begin + warp_rows) and columns [c, c + V); `visible` has a bit
-// for each of these rows. The same segment for a whole warp.
+// gradient += what segment `index` gives to rows [begin, begin + warp_rows<T>) and columns [c, c + V); `visible` has a
+// bit for each of these rows. The same segment for a whole warp.
 template <class T>
-__device__ void add_gradient(float (&gradient)[warp_rows][Pack<T>::size], const PoolParams& p, const PoolModes& modes,
-                             int64_t index, int64_t begin, uint32_t visible, int64_t c) {
+__device__ void add_gradient(float (&gradient)[warp_rows<T>][Pack<T>::size], const PoolParams& p,
+                             const PoolModes& modes, int32_t index, int64_t begin, uint32_t visible, int64_t c) {
   constexpr int V = Pack<T>::size;
   const PoolSegment& s = p.segment[index];
   const int64_t first = s.first - begin, last = s.last - begin, start = s.start - begin;  // seen from these rows
@@ -396,7 +400,7 @@ __device__ void add_gradient(float (&gradient)[warp_rows][Pack<T>::size], const 
       int32_t row_of_largest[V];
       load_values(row_of_largest, p.argmax + i, n);
 #pragma unroll
-      for (int r = 0; r < warp_rows; r++) {
+      for (int r = 0; r < warp_rows<T>; r++) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
           if ((rows >> r & 1) && row_of_largest[v] == r - int32_t(start)) gradient[r][v] += d[v];
@@ -408,7 +412,7 @@ __device__ void add_gradient(float (&gradient)[warp_rows][Pack<T>::size], const 
     const int64_t rank = ranked ? count_visible(p, s.start, begin) : 0;
     const uint32_t from_start = visible & bits_between(start, 31);
 #pragma unroll
-    for (int r = 0; r < warp_rows; r++) {
+    for (int r = 0; r < warp_rows<T>; r++) {
       const float weight = ranked ? float(rank + __popc(from_start << (31 - r))) : 1;
 #pragma unroll
       for (int v = 0; v < V; v++) {
@@ -422,40 +426,40 @@ template <class T>
 __global__ void __launch_bounds__(threads, 3)
     d_rows(const PoolParams p, const __grid_constant__ PoolModes modes, const Layout layout) {
   constexpr int V = Pack<T>::size;
-  const unsigned slabs = unsigned(divide_up(p.channels, 32 * V));
-  const int64_t block_begin = int64_t(blockIdx.x / slabs) * block_rows,
-                block_end = least(block_begin + block_rows, p.rows);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t begin = block_begin + warp * warp_rows, end = least(begin + warp_rows, p.rows);
-  const int64_t c = int64_t(blockIdx.x % slabs * 32 + lane) * V;
-  const uint32_t visible = uint32_t(visible_bits(p, begin, end));
-
-  // 256 segments at a time, each thread looks whether one touches the block's rows. Those that do are added in order.
-  float gradient[warp_rows][V]{};
   __shared__ uint32_t votes[2][warps];  // in turn, so that one barrier is enough
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const unsigned slabs = unsigned(divide_up(p.channels, 32 * V));
+  const int64_t block_begin = int64_t(blockIdx.x / slabs) * block_rows;
+  const int64_t block_end = least(block_begin + block_rows, p.rows);
+  const int64_t c = int64_t(blockIdx.x % slabs * 32 + lane) * V;
   const Candidates candidates(p, layout, block_begin, block_end);
+
   int turn = 0;
-  for (int64_t from = candidates.from; from < candidates.to; from += threads, turn ^= 1) {
-    const int64_t mine = from + threadIdx.x;
-    bool touches = false;
-    if (mine < candidates.to) {
-      const PoolSegment& s = p.segment[mine];
-      touches = s.count && s.first < block_end && s.last >= block_begin;
-    }
-    const uint32_t vote = __ballot_sync(~0u, touches);
-    if (lane == 0) votes[turn][warp] = vote;
-    __syncthreads();
-    for (int w = 0; w < warps; w++) {
-      for (uint32_t bits = votes[turn][w]; bits; bits &= bits - 1) {
-        add_gradient<T>(gradient, p, modes, from + 32 * w + __ffs(bits) - 1, begin, visible, c);
+  for (int64_t row = block_begin; row < block_end; row += warps * warp_rows<T>) {
+    const int64_t begin = row + warp * warp_rows<T>, end = least(begin + warp_rows<T>, p.rows);
+    const uint32_t visible = uint32_t(visible_bits(p, begin, end));
+    float gradient[warp_rows<T>][V]{};
+    // 256 segments at a time, each thread looks whether one touches the block. Those that do are added in their order.
+    for (int32_t from = candidates.from; from < candidates.to; from += threads, turn ^= 1) {
+      bool touches = false;
+      if (int(threadIdx.x) < candidates.to - from) {
+        const PoolSegment& s = p.segment[from + int(threadIdx.x)];
+        touches = s.count && s.first < block_end && s.last >= block_begin;
+      }
+      const uint32_t vote = __ballot_sync(~0u, touches);
+      if (lane == 0) votes[turn][warp] = vote;
+      __syncthreads();
+      for (int w = 0; w < warps; w++) {
+        for (uint32_t bits = votes[turn][w]; bits; bits &= bits - 1) {
+          add_gradient<T>(gradient, p, modes, from + 32 * w + __ffs(bits) - 1, begin, visible, c);
+        }
       }
     }
-  }
-  T* d_hidden = static_cast<T*>(p.d_hidden);
+    T* d_hidden = static_cast<T*>(p.d_hidden) + begin * p.channels + c;
 #pragma unroll
-  for (int r = 0; r < warp_rows; r++) {
-    if (begin + r < p.rows)
-      store(d_hidden + (begin + r) * p.channels + c, gradient[r], int(clamp(p.channels - c, 0, V)));
+    for (int r = 0; r < warp_rows<T>; r++) {
+      if (begin + r < p.rows) store(d_hidden + r * p.channels, gradient[r], int(clamp(p.channels - c, 0, V)));
+    }
   }
 }
 
