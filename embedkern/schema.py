@@ -44,6 +44,36 @@ def _pool_backward(d_out: Tensor, pooled: Tensor, argmax: Tensor, shape: list[in
     return d_out.new_empty(shape)
 
 
+def _info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None,
+    positives: Tensor | None,
+    targets: Tensor | None,
+    temperature: Tensor,
+    query_labels: Tensor | None,
+    document_labels: Tensor | None,
+    cosine: bool,
+    d_loss: Tensor | None,
+    d_queries: bool,
+    d_documents: bool,
+    d_negatives: bool,
+    d_positives: bool,
+    d_temperature: bool,
+) -> tuple[Tensor, ...]:
+    n, dim = queries.shape
+    k = 0 if negatives is None else negatives.shape[1]
+    wanted = (
+        (True, (n,)),
+        (d_queries, (n, dim)),
+        (d_documents, (documents.shape[0], (dim + 15) // 16 * 16)),
+        (d_negatives, (n, k, dim)),
+        (d_positives, (n, dim)),
+        (d_temperature, (n,)),
+    )
+    return tuple(queries.new_empty(shape if wants else (0,), dtype=torch.float32) for wants, shape in wanted)
+
+
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "pool_forward": (
         "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
@@ -55,6 +85,14 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, SymInt out_channels, bool normalize, "
         "float eps) -> Tensor",
         _pool_backward,
+    ),
+    # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
+    "info_nce": (
+        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, Tensor temperature, "
+        "Tensor? query_labels, Tensor? document_labels, bool cosine, Tensor? d_loss, bool d_queries, bool d_documents, "
+        "bool d_negatives, bool d_positives, bool d_temperature) -> (Tensor loss, Tensor d_queries, "
+        "Tensor d_documents, Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
+        _info_nce,
     ),
 }
 

@@ -21,7 +21,7 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j++) sums[i][j] = add ? load(c + i * ldc + j * W) : Vec{};
+    for (int j = 0; j < nv; j++) sums[i][j] = Vec{};
   for (int64_t l = 0; l < k; l++) {
     Vec row[nv];
 #pragma GCC unroll 4
@@ -36,7 +36,10 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j++) store(c + i * ldc + j * W, sums[i][j]);
+    for (int j = 0; j < nv; j++) {
+      float* at = c + i * ldc + j * W;
+      store(at, add ? load(at) + sums[i][j] : sums[i][j]);  // added last: a sum over blocks of k rounds less
+    }
 }
 
 // The rows that remain below whole tiles: mr counts down to the m that is left.

@@ -7,8 +7,9 @@ namespace ek {
 #define DECLARE(variant)               \
   namespace variant {                  \
   extern const PoolingKernels pooling; \
+  extern const InfoNCEKernels infonce; \
   }
-#define VARIANT(variant, supported) {#variant, supported, variant::pooling}
+#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::infonce}
 
 DECLARE(portable)
 #if defined(__x86_64__)

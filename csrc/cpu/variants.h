@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "infonce.h"
 #include "pooling.h"
 
 namespace ek {
@@ -11,6 +12,7 @@ struct Variant {
   std::string name;
   bool supported;  // by this CPU
   const PoolingKernels& pooling;
+  const InfoNCEKernels& infonce;
 };
 
 const std::vector<Variant>& variants();       // best first

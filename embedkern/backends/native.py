@@ -29,3 +29,25 @@ def _on_cpu(argument: str) -> tuple[Rule, Rule]:
 
 
 POOLING = Backend("cpu", _on_cpu("hidden"), OPS.pool_forward.default, OPS.pool_backward.default)
+
+
+def _float64_beside(call: Call) -> bool:
+    return any(
+        call[name] is not None and call[name].dtype not in DTYPES for name in ("documents", "negatives", "positives")
+    )
+
+
+INFONCE = Backend(
+    "cpu",
+    (
+        *_on_cpu("queries"),
+        Rule(_float64_beside, "one of documents, negatives, positives is float64"),
+        Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
+        Rule(
+            lambda call: call["query_labels"] is not None and call["same_label"] == "positive",
+            "same_label='positive' is not written yet",
+        ),
+        Rule(lambda call: call["return_metrics"], "return_metrics is not written yet"),
+    ),
+    OPS.info_nce.default,
+)
