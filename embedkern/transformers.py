@@ -239,7 +239,8 @@ class _Patch:
         state = vars(self.encoder)
         del state["_embedkern_patch"]
         # Somebody (accelerate's autocast) may have wrapped `forward` since: their wrapper stays and finds us inactive.
-        if state.get("forward") is self:
+        forward = state.get("forward")
+        if self in (forward, getattr(forward, "__func__", None)):
             if self.own_forward is None:
                 del state["forward"]
             else:
@@ -259,6 +260,8 @@ class _Patch:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.__wrapped__
+        if args and args[0] is self.encoder:  # accelerate's unwrap_model makes a bound method of us
+            args = args[1:]
         if not self.active:
             return forward(*args, **kwargs)
         if args:

@@ -5,6 +5,7 @@ import inspect
 import pickle
 import warnings
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -514,6 +515,10 @@ def test_wrapped_after_patching():
     assert tokens_computed(model, inputs) == (4, 9)
     del model.forward
     patch(model)
+    model.forward = MethodType(model.forward, model)  # accelerate's unwrap_model
+    assert tokens_computed(model, inputs) == (1, sum(LENGTHS))
+    unpatch(model)
+    assert "forward" not in vars(model)
 
 
 def test_patching_twice_and_unpatching_twice():
