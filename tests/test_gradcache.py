@@ -273,12 +273,13 @@ def test_inputs_and_loss_parameters_get_gradients() -> None:
 
 def test_backward_twice_and_unused_towers() -> None:
     model, other = Mlp(), Mlp()
+    x = rows(5).requires_grad_()
     cache = GradCache([model, other], 2, lambda a, b: a.sin().sum(), memory_budget=float("inf"))
-    loss = cache(rows(5), rows(5))
+    loss = cache(x, rows(5))
     loss.backward(retain_graph=True)
-    first = gradients(model)
+    first, x.grad = [*gradients(model), x.grad], None
     loss.backward()  # the graphs kept are gone: replayed
-    assert_same(gradients(model), first)
+    assert_same([*gradients(model), x.grad], first)
     assert all(p.grad is None for p in other.parameters())
 
 
@@ -333,6 +334,22 @@ def test_autocast_replays_the_same_numbers() -> None:
     assert all(torch.equal(first, again) for first, again in zip(outs[:2], outs[2:], strict=True))
 
 
+@pytest.mark.parametrize("budget", [0, 1_500, float("inf")])
+def test_a_whole_step_under_autocast(budget: float) -> None:
+    # Weights that autocast cast and cached without a graph, in the first run, must not serve the replay.
+    model, x = Mlp(torch.float32), rows(9, dtype=torch.float32)
+    cache = GradCache([model], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cache(x)
+    loss.backward()
+    want = gradients(model)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.cache_step(x)
+    assert_same(gradients(model), want, 1e-6)
+
+
 @pytest.mark.parametrize("how", ["fp16", "backward"])
 def test_grad_scaler(how: str) -> None:
     model, x = Mlp(torch.float32, dropout=0.0), rows(8, dtype=torch.float32)
@@ -354,7 +371,7 @@ def test_grad_scaler(how: str) -> None:
     torch.testing.assert_close(got_loss.detach(), want_loss.detach(), rtol=1e-3, atol=1e-6)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     scaler.unscale_(optimizer)
-    assert_same([p.grad for p in model.parameters()], [w / 2.0**10 for w in want], 1e-6 if how == "" else 2e-3)
+    assert_same([p.grad for p in model.parameters()], [w / 2.0**10 for w in want], 2e-3)
     scaler.step(optimizer)
     scaler.update()
 
@@ -396,7 +413,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("budget", [0, 40_000, 80_000, 120_000, 160_000, 10**9])
+@pytest.mark.parametrize("budget", [0, 12_000, 40_000, 80_000, 120_000, 160_000, 10**9])
 def test_budget_holds(budget: int) -> None:
     model, x = Encoder(), texts([9] * 8 + [8, 7, 6, 5] * 2)
     graph, live, held = LiveBytes(), LiveBytes(), []
@@ -416,9 +433,10 @@ def test_budget_holds(budget: int) -> None:
     reps, passing = 6_000, 14_000  # bytes: the representations, and a run's own without a graph
     assert after <= budget + reps
     assert peak <= budget + reps + passing
+    assert budget != 12_000 or peak < graph.peak
     assert live.peak <= max(budget, graph.peak) + reps + 5_000  # gradients of the parameters
-    if budget in (0, 10**9):
-        assert kept == (8 if budget else 0)
+    if budget in (0, 12_000, 10**9):  # 12_000: every chunk tried exceeds it, and is dropped while it runs
+        assert kept == (8 if budget == 10**9 else 0)
     else:
         assert 0 < kept < 8
         assert after >= budget - graph.peak  # what fits is kept
@@ -580,12 +598,12 @@ def _step_of_rank(rank: int, world: int, kind: str, budget: float, steps: int) -
         fully_shard(tower.layer)
         fully_shard(tower)
         fully_shard(other)
-    # By tokens, the ranks have different numbers of chunks; FSDP can't have that.
-    tokens = 9 if kind == "ddp" else None
+    # One rank has a chunk a tower, the other several; FSDP can't have that.
+    tokens = None if kind == "fsdp" else (100, 9)[rank]
     everywhere = gather_input_tensor(loss)
     cache = GradCache(
         [tower, other, tower],
-        2,
+        2 if kind == "fsdp" else 4,
         lambda a, c, b: everywhere(a, b, c) * world,
         get_rep_fn=lambda out: out if isinstance(out, Tensor) else pooled(out),
         chunk_tokens=tokens,
