@@ -249,7 +249,7 @@ class _Step:
             size = sum(t.numel() for t in tensors(inputs))
             tried = self.trainable[chunk.tower] and chunk.keep and rate[chunk.tower] * size < meter.room
             if mode is not tried:
-                torch.clear_autocast_cache()  # weights cast without a graph would get no gradients (pytorch#48049)
+                torch.clear_autocast_cache()  # older torch serves weights cast under no_grad (pytorch#158232)
                 mode = tried
             with torch.set_grad_enabled(tried), _no_sync(self.points[chunk.tower]):
                 if tried:
