@@ -71,7 +71,9 @@ class GradCache:
     Raises:
         TypeError, ValueError: an argument or a model input that is none of the above.
         ImportError: ``show_progress`` without tqdm.
-        NotImplementedError: a second derivative through the loss, or ``torch.autograd.grad`` on it.
+        NotImplementedError: a second derivative through the loss; ``torch.autograd.grad`` on it, for model inputs (for
+            parameters torch finds no path: only the replay reaches them); FSDP on several ranks with ``chunk_tokens``
+            or ``memory_budget``, by which ranks would run different numbers of chunks.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from embedkern.gradcache import GradCache, cached, cat_input_tensor, gather_input_tensor
+from embedkern.gradcache_functional import get_rng, set_rng
 
 
 class Encoder(nn.Module):
@@ -221,9 +223,9 @@ def test_input_types(kind: str) -> None:
     model, x, scale = Mlp(dropout=0.0), rows(7), torch.rand(7, 1, dtype=torch.float64)
     model(x, scale).cos().sum().backward()
     want = gradients(model)
-    split, call = None, model
+    split, tower = None, model
     if kind == "nested":
-        call = lambda inputs, scale: model(inputs["x"][0], scale)  # noqa: E731  any callable is a tower
+        tower = lambda inputs, scale: model(inputs["x"][0], scale)  # noqa: E731  any callable is a tower
     if kind == "split_input_fn":
         split = lambda given, size: [[t[i : i + size] for t in given] for i in range(0, 7, size)]  # noqa: E731
     given = {
@@ -236,7 +238,7 @@ def test_input_types(kind: str) -> None:
     }[kind]
     if kind == "split_input_fn":
         given = [x, scale]
-    GradCache([call], [3], lambda rep: rep.cos().sum(), split).cache_step(given)
+    GradCache([tower], [3], lambda rep: rep.cos().sum(), split).cache_step(given)
     assert_same(gradients(model), want)
 
 
@@ -306,7 +308,7 @@ def test_autocast(inside: bool, budget: float) -> None:
     model, x = Mlp(torch.float32), rows(9, dtype=torch.float32)
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
-    call = torch.autocast("cpu", torch.bfloat16)(model.forward) if inside else model
+    tower = torch.autocast("cpu", torch.bfloat16)(model.forward) if inside else model
 
     def step(reps: Callable[[Tensor], Tensor]) -> Tensor:
         torch.manual_seed(1)
@@ -315,9 +317,9 @@ def test_autocast(inside: bool, budget: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return reps(x)
 
-    step(lambda x: torch.cat([call(part) for part in x.split(2)]).float().sin().sum()).backward()
+    step(lambda x: torch.cat([tower(part) for part in x.split(2)]).float().sin().sum()).backward()
     want = gradients(model)
-    cache = GradCache([call], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
+    cache = GradCache([tower], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
     step(cache).backward()  # outside autocast, as usual
     assert_same(gradients(model), want, 3e-2)  # one_graph adds the weights' gradients in bfloat16, the cache in float32
     assert set(seen) <= {torch.bfloat16}
@@ -489,6 +491,19 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="tqdm"):
         GradCache([Mlp()], 2, lambda rep: rep.sum(), show_progress=True)
+
+
+def test_generators_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a device: the calls must fit torch.cuda's signatures and name the device.
+    devices, states = [torch.device("cuda", 0), torch.device("cuda", 3)], [torch.tensor([1]), torch.tensor([2])]
+    module = Mock(spec=torch.cuda)
+    module.get_rng_state = create_autospec(torch.cuda.get_rng_state, side_effect=states)
+    module.set_rng_state = create_autospec(torch.cuda.set_rng_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    state = get_rng(devices)
+    set_rng(state)
+    assert [d.type for d, _ in state] == ["cpu", "cuda", "cuda"]
+    assert module.set_rng_state.call_args_list == [call(s, d) for s, d in zip(states, devices, strict=True)]
 
 
 # ---- bad input
