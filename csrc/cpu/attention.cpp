@@ -30,6 +30,24 @@ EK_INLINE T* key_row(const Strided& x, const AttentionSequence& s, int64_t kv_he
   return static_cast<T*>(x.data) + s.b * x.stride_b + kv_head * x.stride_h + t * x.stride_t;
 }
 
+// Rows of one head are far apart in (B, L, H, D): no hardware prefetcher sees that the next head's lie beside them.
+template <class T>
+EK_INLINE void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
+}
+
+template <class T>
+EK_INLINE void prefetch_rows(const Strided& x, Row row, int64_t m, int64_t dim) {
+  for (int64_t i = 0; i < m; i++, row.next()) prefetch_row(row.in<T>(x), dim);
+}
+
+template <class T>
+EK_INLINE void prefetch_keys(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim) {
+  for (int64_t j = 0; j < s.visible; j++) prefetch_row(key_row<T>(x, s, kv_head, j), dim);
+}
+
+constexpr int64_t prefetch_limit = 256;  // rows; with more of them the products hide the waiting
+
 struct Scratch {
   float* free;
   float* take(int64_t floats) {
@@ -312,11 +330,44 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }                     \
   }
 
-void forward(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, float* scratch) {
-  BY_DTYPE(p, forward_typed<T>(p, s, kv_head, chunk, scratch))
+template <class T>
+void forward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
+                   float* scratch) {
+  const int64_t rows = p.heads / p.kv_heads * s.q_length;
+  for (int64_t h = first; h < end; h++) {
+    if (h + 1 < end && s.visible <= prefetch_limit && rows <= prefetch_limit) {
+      prefetch_rows<T>(p.query, Row(p, s, h + 1, 0), rows, p.dim);
+      prefetch_keys<T>(p.key, s, h + 1, p.dim);
+      prefetch_keys<T>(p.value, s, h + 1, p.dim_v);
+      prefetch_rows<T>(p.out, Row(p, s, h + 1, 0), rows, p.dim_v);
+    }
+    forward_typed<T>(p, s, h, chunk, scratch);
+  }
 }
-void backward(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* scratch) {
-  BY_DTYPE(p, backward_typed<T>(p, s, kv_head, scratch))
+
+template <class T>
+void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
+  const int64_t rows = p.heads / p.kv_heads * s.q_length;
+  for (int64_t h = first; h < end; h++) {
+    if (h + 1 < end && s.visible <= prefetch_limit && rows <= prefetch_limit) {
+      prefetch_rows<T>(p.query, Row(p, s, h + 1, 0), rows, p.dim);
+      prefetch_keys<T>(p.key, s, h + 1, p.dim);
+      prefetch_keys<T>(p.value, s, h + 1, p.dim_v);
+      prefetch_rows<T>(p.d_out, Row(p, s, h + 1, 0), rows, p.dim_v);
+      if (p.d_query.data) prefetch_rows<T>(p.d_query, Row(p, s, h + 1, 0), rows, p.dim);
+      if (p.d_key.data) prefetch_keys<T>(p.d_key, s, h + 1, p.dim);
+      if (p.d_value.data) prefetch_keys<T>(p.d_value, s, h + 1, p.dim_v);
+    }
+    backward_typed<T>(p, s, h, scratch);
+  }
+}
+
+void forward(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
+             float* scratch) {
+  BY_DTYPE(p, forward_heads<T>(p, s, chunk, first, end, scratch))
+}
+void backward(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
+  BY_DTYPE(p, backward_heads<T>(p, s, first, end, scratch))
 }
 
 }  // namespace

@@ -24,9 +24,10 @@ static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t
          (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
 }
 
-struct AttentionKernels {
-  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t kv_head, int64_t chunk, float* scratch);
-  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t kv_head, float* scratch);
+struct AttentionKernels {  // of the key/value heads [first, end)
+  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t chunk, int64_t first, int64_t end,
+                  float* scratch);
+  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t first, int64_t end, float* scratch);
 };
 
 }  // namespace ek
