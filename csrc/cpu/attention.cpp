@@ -30,23 +30,33 @@ EK_INLINE T* key_row(const Strided& x, const AttentionSequence& s, int64_t kv_he
   return static_cast<T*>(x.data) + s.b * x.stride_b + kv_head * x.stride_h + t * x.stride_t;
 }
 
-// Rows of one head are far apart in (B, L, H, D): no hardware prefetcher sees that the next head's lie beside them.
-template <class T>
-EK_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t c = 0; c < dim; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
-}
+// Rows that the next head will read or write. In (B, L, H, D) they are far apart and no hardware prefetcher finds them;
+// fetched one at a time between computations they cost nothing (forward + backward at L = 32: 73 ms without).
+struct Ahead {
+  struct Rows {
+    const char* row;
+    int64_t bytes, stride, left;
+  };
+  Rows pending[8];
+  int count = 0, at = 0;
 
-template <class T>
-EK_INLINE void prefetch_rows(const Strided& x, Row row, int64_t m, int64_t dim) {
-  for (int64_t i = 0; i < m; i++, row.next()) prefetch_row(row.in<T>(x), dim);
-}
+  template <class T>
+  void add(const Strided& x, const AttentionSequence& s, int64_t h, int64_t t, int64_t rows, int64_t dim) {
+    const int64_t size = sizeof(T);
+    if (!x.data || rows == 0) return;
+    const T* first = static_cast<const T*>(x.data) + s.b * x.stride_b + h * x.stride_h + t * x.stride_t;
+    pending[count++] = {reinterpret_cast<const char*>(first), dim * size, x.stride_t * size, rows};
+  }
+  EK_INLINE void step() {
+    if (at == count) return;
+    Rows& next = pending[at];
+    for (int64_t i = 0; i < next.bytes; i += 64) __builtin_prefetch(next.row + i);
+    next.row += next.stride;
+    if (--next.left == 0) at++;
+  }
+};
 
-template <class T>
-EK_INLINE void prefetch_keys(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim) {
-  for (int64_t j = 0; j < s.visible; j++) prefetch_row(key_row<T>(x, s, kv_head, j), dim);
-}
-
-constexpr int64_t prefetch_limit = 256;  // rows; with more of them the products hide the waiting
+constexpr int64_t ahead_limit = 256;  // keys; with more of them the products hide the waiting
 
 struct Scratch {
   float* free;
@@ -61,11 +71,12 @@ struct Scratch {
 // zeros up to a multiple of W); either may be null.
 template <class T>
 void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim, float* plain, float* transposed,
-            int64_t ld) {
+            int64_t ld, Ahead& ahead) {
   const int64_t n = s.visible, dim_padded = round_up(dim, W);
   for (int64_t j = 0; j < n; j += W) {
     const T* rows[W];
     for (int i = 0; i < W; i++) rows[i] = key_row<T>(x, s, kv_head, least(j + i, n - 1));
+    for (int i = 0; i < W; i++) ahead.step();
     for (int64_t c = 0; c < dim; c += W) {
       Vec tile[W];
 #pragma GCC unroll 16
@@ -81,32 +92,37 @@ void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64
 
 // m rows of x from `row` on, each times its factor.
 template <class T>
-void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float* factor, float* to) {
+void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float* factor, float* to, Ahead& ahead) {
   const int64_t ld = round_up(dim, W);
   for (int64_t i = 0; i < m; i++, row.next()) {
     const T* from = row.in<T>(x);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) store(to + i * ld + c, load_at(from, c, dim) * factor[i]);
   }
 }
 
 // x's rows, each times its factor, to m rows from `row` on.
 template <class T>
-void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const float* factor, const float* x) {
+void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const float* factor, const float* x,
+                  Ahead& ahead) {
   const int64_t ld = round_up(dim, W);
   for (int64_t i = 0; i < m; i++, row.next()) {
     T* out = row.in<T>(to);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) store_at(out, c, dim, load(x + i * ld + c) * factor[i]);
   }
 }
 
 // Gradients of the visible keys to their places, zeros to the hidden ones.
 template <class T>
-void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head, int64_t dim, const float* x) {
+void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head, int64_t dim, const float* x,
+                  Ahead& ahead) {
   const AttentionSequence all = {s.b, 0, 0, s.k_start, s.k_length, s.k_length, 0, nullptr};
   int64_t j = 0;
   for (int64_t t = 0; t < s.k_length; t++) {
     const bool visible = j < s.visible && t == (s.key ? s.key[j] : s.k_first + j);
     T* out = key_row<T>(to, all, kv_head, t);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) {
       store_at(out, c, dim, visible ? load(x + j * round_up(dim, W) + c) : Vec{});
     }
@@ -139,7 +155,8 @@ constexpr auto maximum = [](Vec a, Vec b) __attribute__((always_inline)) { retur
 
 // z (m, n) → exp((z - top) / temperature) in place; top: each row's maximum, sum: of its exponentials. The maximum goes
 // before the division by temperature, which may overflow.
-void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inverse, float* top, float* sum) {
+void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inverse, float* top, float* sum,
+                  Ahead& ahead) {
   const int64_t whole = n / W * W;
   IVec tail;
   for (int lane = 0; lane < W; lane++) tail[lane] = lane < n - whole ? -1 : 0;
@@ -157,6 +174,7 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inver
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
       const Vec shift = splat(top[i + r]), factor = splat(inverse[i + r]);
+      ahead.step();
       Vec total{};
       for (int64_t j = 0; j < n; j += W) {
         const Vec e = exp((load(row + j) - shift) * factor);
@@ -188,16 +206,16 @@ struct Block {
 // q = scale · query, scores = exp((q·kᵀ - top) / temperature)
 template <class T>
 void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const float* k_transposed,
-           int64_t ld, const Block& b) {
+           int64_t ld, const Block& b, Ahead& ahead) {
   row_factors(p, row, m, b.scale, b.inverse);
-  gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q);
+  gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q, ahead);
   gemm<false>(m, round_up(s.visible, W), p.dim, b.q, round_up(p.dim, W), 1, k_transposed, ld, b.scores, ld);
-  exponentials(b.scores, ld, m, s.visible, b.inverse, b.top, b.sum);
+  exponentials(b.scores, ld, m, s.visible, b.inverse, b.top, b.sum, ahead);
 }
 
 template <class T>
-void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk,
-                   float* memory) {
+void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, float* memory,
+                   Ahead& ahead) {
   const int64_t all = p.heads / p.kv_heads * s.q_length, end = least(all, (chunk + 1) * attention_chunk);
   const int64_t n = s.visible, ld = attention_stride(n), dim_v = round_up(p.dim_v, W);
   if (n == 0) {
@@ -213,19 +231,19 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   float *k_transposed = scratch.take(p.dim * ld), *v = scratch.take(n * dim_v);
   float* out = scratch.take(block * dim_v);
   const Block b(scratch, block, p.dim, ld);
-  gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld);
-  gather<T>(p.value, s, kv_head, p.dim_v, v, nullptr, 0);
+  gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld, ahead);
+  gather<T>(p.value, s, kv_head, p.dim_v, v, nullptr, 0, ahead);
   for (int64_t start = chunk * attention_chunk; start < end; start += block) {
     const int64_t m = least(block, end - start);
     Row row(p, s, kv_head, start);
-    weigh<T>(p, s, row, m, k_transposed, ld, b);
+    weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
     gemm<false>(m, dim_v, n, b.scores, ld, 1, v, dim_v, out, dim_v);
     for (int64_t i = 0; i < m; i += W) {
       const Vec sum = load(b.sum + i);
       store(b.factor + i, 1 / sum);
       store(b.top + i, load(b.top + i) * load(b.inverse + i) + log(sum));
     }
-    scatter_rows<T>(p.out, row, m, p.dim_v, b.factor, out);
+    scatter_rows<T>(p.out, row, m, p.dim_v, b.factor, out, ahead);
     for (int64_t i = 0; i < m; i++, row.next()) *row.in<float>(p.lse) = b.top[i];
   }
 }
@@ -234,11 +252,12 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
 // d_lse), d_v = Pᵀ · d_out,  d_q = scale / temperature · dU · k,  d_k = dUᵀ · q scale / temperature. r divides the thin
 // d_out: `pd` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r).
 void softmax_backward(const float* e, float* pd, int64_t ld, int64_t m, int64_t n, const float* d_lse,
-                      const float* factor) {
+                      const float* factor, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
     Vec partial[W] = {};
     for (int64_t r = 0; r < rows; r++) {
+      ahead.step();
       const int64_t row = (i + r) * ld;
       Vec total{};
       for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(pd + row + j);
@@ -254,7 +273,8 @@ void softmax_backward(const float* e, float* pd, int64_t ld, int64_t m, int64_t 
 }
 
 template <class T>
-void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* memory) {
+void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* memory,
+                    Ahead& ahead) {
   const int64_t all = p.heads / p.kv_heads * s.q_length;
   const int64_t n = s.visible, ld = attention_stride(n), n_padded = round_up(n, W);
   const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W);
@@ -268,8 +288,8 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   const Block b(scratch, block, p.dim, ld);
   float *d_scores = scratch.take(block * ld), *d_out = scratch.take(block * dim_v), *d_q = scratch.take(block * dim);
   float* d_lse = scratch.take(block + W);
-  gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld);
-  gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld);
+  gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld, ahead);
+  gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld, ahead);
   for (int64_t i = 0; i < n * dim; i += W) store(d_k + i, Vec{});
   for (int64_t i = 0; i < n * dim_v; i += W) store(d_v + i, Vec{});
 
@@ -280,15 +300,15 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       row_factors(p, row, m, b.scale, b.inverse);
       for (int64_t i = 0; i < m * dim; i++) d_q[i] = 0;
     } else {
-      weigh<T>(p, s, row, m, k_transposed, ld, b);
+      weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
       for (int64_t i = 0; i < m; i += W) store(b.factor + i, 1 / load(b.sum + i));
-      gather_rows<T>(p.d_out, row, m, p.dim_v, b.factor, d_out);
+      gather_rows<T>(p.d_out, row, m, p.dim_v, b.factor, d_out, ahead);
       if (p.d_value.data) gemm<true>(n, dim_v, m, b.scores, 1, ld, d_out, dim_v, d_v, dim_v);
       if (!scores_wanted) continue;
       gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
       Row r = row;
       for (int64_t i = 0; i < m; i++, r.next()) d_lse[i] = p.d_lse.data ? *r.in<float>(p.d_lse) : 0;
-      softmax_backward(b.scores, d_scores, ld, m, n, d_lse, b.factor);
+      softmax_backward(b.scores, d_scores, ld, m, n, d_lse, b.factor, ahead);
       if (p.d_query.data || rows_wanted) gemm<false>(m, dim, n, d_scores, ld, 1, k, dim, d_q, dim);
       if (p.d_key.data) {
         for (int64_t i = 0; i < m; i++) {
@@ -308,10 +328,10 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       if (p.d_temperature.data) *r.in<float>(p.d_temperature) = -along * b.scale[i] * b.inverse[i];
     }
     for (int64_t i = 0; i < m; i++) b.factor[i] = b.scale[i] * b.inverse[i];
-    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q);
+    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q, ahead);
   }
-  if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, d_k);
-  if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v);
+  if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, d_k, ahead);
+  if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v, ahead);
 }
 
 #define BY_DTYPE(p, call) \
@@ -330,35 +350,42 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }                     \
   }
 
+// What both passes read of a head.
+template <class T>
+Ahead inputs_of(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head) {
+  Ahead ahead;
+  ahead.add<T>(p.key, s, kv_head, s.k_start + s.k_first, s.visible, p.dim);
+  ahead.add<T>(p.value, s, kv_head, s.k_start + s.k_first, s.visible, p.dim_v);
+  ahead.add<T>(p.query, s, kv_head * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim);
+  return ahead;
+}
+
 template <class T>
 void forward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
                    float* scratch) {
-  const int64_t rows = p.heads / p.kv_heads * s.q_length;
   for (int64_t h = first; h < end; h++) {
-    if (h + 1 < end && s.visible <= prefetch_limit && rows <= prefetch_limit) {
-      prefetch_rows<T>(p.query, Row(p, s, h + 1, 0), rows, p.dim);
-      prefetch_keys<T>(p.key, s, h + 1, p.dim);
-      prefetch_keys<T>(p.value, s, h + 1, p.dim_v);
-      prefetch_rows<T>(p.out, Row(p, s, h + 1, 0), rows, p.dim_v);
+    Ahead ahead;
+    if (h + 1 < end && s.visible <= ahead_limit) {
+      ahead = inputs_of<T>(p, s, h + 1);
+      ahead.add<T>(p.out, s, (h + 1) * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim_v);
     }
-    forward_typed<T>(p, s, h, chunk, scratch);
+    forward_typed<T>(p, s, h, chunk, scratch, ahead);
   }
 }
 
 template <class T>
 void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
-  const int64_t rows = p.heads / p.kv_heads * s.q_length;
   for (int64_t h = first; h < end; h++) {
-    if (h + 1 < end && s.visible <= prefetch_limit && rows <= prefetch_limit) {
-      prefetch_rows<T>(p.query, Row(p, s, h + 1, 0), rows, p.dim);
-      prefetch_keys<T>(p.key, s, h + 1, p.dim);
-      prefetch_keys<T>(p.value, s, h + 1, p.dim_v);
-      prefetch_rows<T>(p.d_out, Row(p, s, h + 1, 0), rows, p.dim_v);
-      if (p.d_query.data) prefetch_rows<T>(p.d_query, Row(p, s, h + 1, 0), rows, p.dim);
-      if (p.d_key.data) prefetch_keys<T>(p.d_key, s, h + 1, p.dim);
-      if (p.d_value.data) prefetch_keys<T>(p.d_value, s, h + 1, p.dim_v);
+    Ahead ahead;
+    if (h + 1 < end && s.visible <= ahead_limit) {
+      const int64_t head = (h + 1) * (p.heads / p.kv_heads), key = s.k_start + s.k_first;
+      ahead = inputs_of<T>(p, s, h + 1);
+      ahead.add<T>(p.d_out, s, head, s.q_start, s.q_length, p.dim_v);
+      ahead.add<T>(p.d_query, s, head, s.q_start, s.q_length, p.dim);
+      ahead.add<T>(p.d_key, s, h + 1, key, s.visible, p.dim);
+      ahead.add<T>(p.d_value, s, h + 1, key, s.visible, p.dim_v);
     }
-    backward_typed<T>(p, s, h, scratch);
+    backward_typed<T>(p, s, h, scratch, ahead);
   }
 }
 
