@@ -281,9 +281,11 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
 
 // With e the exponentials, r their row sums, P = e / r:  dP = d_out · vᵀ,  delta = Σ P dP,  dU = P (dP - delta +
 // d_lse), d_v = Pᵀ · d_out,  d_q = scale / temperature · dU · k,  d_k = dUᵀ · q scale / temperature. r divides the thin
-// d_out: `pd` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r).
-void softmax_backward(const float* e, float* pd, int64_t ld, int64_t m, int64_t n, const float* d_lse,
-                      const float* factor, Ahead& ahead) {
+// d_out: `d` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r). excess: Σ dU - d_lse, 0 but for
+// rounding.
+template <bool with_excess>
+void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n, const float* d_lse,
+                      const float* factor, float* excess, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
     Vec partial[W] = {};
@@ -291,15 +293,38 @@ void softmax_backward(const float* e, float* pd, int64_t ld, int64_t m, int64_t 
       ahead.step();
       const int64_t row = (i + r) * ld;
       Vec total{};
-      for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(pd + row + j);
+      for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(d + row + j);
       partial[r] = total;
     }
     float shift[W];
     store(shift, (load(d_lse + i) - across(partial, add)) * load(factor + i));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = (i + r) * ld;
-      for (int64_t j = 0; j < n; j += W) store(pd + row + j, load(e + row + j) * (load(pd + row + j) + shift[r]));
+      Vec total{};
+      for (int64_t j = 0; j < n; j += W) {
+        const Vec d_u = load(e + row + j) * (load(d + row + j) + shift[r]);
+        store(d + row + j, d_u);
+        if (with_excess) total += d_u;
+      }
+      partial[r] = total;
     }
+    if (with_excess) store(excess + i, across(partial, add) - load(d_lse + i));
+  }
+}
+
+// u = scale · q·k / temperature, so Σ_j dU_ij u_ij = scale / temperature · q · (dU · k) needs no pass over dU. What
+// dU's rounding adds to it, excess · u, is largest at the row's maximum, most of which is taken off.
+template <class T>
+void row_gradients(const AttentionParams& p, Row row, int64_t m, const float* d_q, const Block& b,
+                   const float* excess) {
+  for (int64_t i = 0; i < m; i++, row.next()) {
+    const T* query = row.in<T>(p.query);
+    Vec total{};
+    for (int64_t c = 0; c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d_q + i * round_up(p.dim, W) + c);
+    const float along = sum_lanes(total), scale = b.scale[i], inverse = b.inverse[i];
+    const float d_z = scale * along - excess[i] * b.top[i];  // Σ_j dU_ij z_ij
+    if (p.d_scale.data) *row.in<float>(p.d_scale) = (scale == 0 ? along : d_z / scale) * inverse;
+    if (p.d_temperature.data) *row.in<float>(p.d_temperature) = -d_z * inverse * inverse;
   }
 }
 
@@ -318,7 +343,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   float *d_k = scratch.take(n * dim), *d_v = scratch.take(n * dim_v);
   const Block b(scratch, block, p.dim, ld);
   float *d_scores = scratch.take(block * ld), *d_out = scratch.take(block * dim_v), *d_q = scratch.take(block * dim);
-  float* d_lse = scratch.take(block + W);
+  float *d_lse = scratch.take(block + W), *excess = scratch.take(block + W);
   gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld, ahead);
   gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld, ahead);
   for (int64_t i = 0; i < n * dim; i += W) store(d_k + i, Vec{});
@@ -329,6 +354,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     Row row(p, s, kv_head, start);
     if (n == 0) {
       row_factors(p, row, m, b.scale, b.inverse);
+      for (int64_t i = 0; i < m; i++) b.top[i] = excess[i] = 0;
       for (int64_t i = 0; i < m * dim; i++) d_q[i] = 0;
     } else {
       weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
@@ -339,7 +365,11 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
       Row r = row;
       for (int64_t i = 0; i < m; i++, r.next()) d_lse[i] = p.d_lse.data ? *r.in<float>(p.d_lse) : 0;
-      softmax_backward(b.scores, d_scores, ld, m, n, d_lse, b.factor, ahead);
+      if (rows_wanted) {
+        softmax_backward<true>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+      } else {
+        softmax_backward<false>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+      }
       if (p.d_query.data || rows_wanted) gemm<false>(m, dim, n, d_scores, ld, 1, k, dim, d_q, dim);
       if (p.d_key.data) {
         for (int64_t i = 0; i < m; i++) {
@@ -348,16 +378,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
         gemm<true>(n, dim, m, d_scores, 1, ld, b.q, dim, d_k, dim);
       }
     }
-    // u = scale · q·k / temperature, so that Σ_j dU_ij u_ij = scale / temperature · q · (dU · k): no pass over dU.
-    Row r = row;
-    for (int64_t i = 0; rows_wanted && i < m; i++, r.next()) {
-      const T* query = r.in<T>(p.query);
-      Vec total{};
-      for (int64_t c = 0; n > 0 && c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d_q + i * dim + c);
-      const float along = sum_lanes(total) * b.inverse[i];
-      if (p.d_scale.data) *r.in<float>(p.d_scale) = along;
-      if (p.d_temperature.data) *r.in<float>(p.d_temperature) = -along * b.scale[i] * b.inverse[i];
-    }
+    if (rows_wanted) row_gradients<T>(p, row, m, d_q, b, excess);
     for (int64_t i = 0; i < m; i++) b.factor[i] = b.scale[i] * b.inverse[i];
     if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q, ahead);
   }
