@@ -32,7 +32,7 @@ struct PoolParams {
   float eps;
   void* out;          // (segments, out_channels)
   float* pooled;      // (segments, out_channels), before the normalisation
-  int32_t* argmax;    // (segments, channels), row of the maximum relative to start, -1: none; null without max
+  int32_t* argmax;    // (segments, out_channels), row of the maximum relative to start, -1: none; null without max
   const void* d_out;  // (segments, out_channels), rows d_out_stride apart
   int64_t d_out_stride;
   float* d_pooled;                // (segments, out_channels): d_out through normalisation and denominators

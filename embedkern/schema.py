@@ -36,7 +36,7 @@ def _pool_forward(
     return (
         hidden.new_empty((segments, out_channels)),
         hidden.new_empty((segments, out_channels), dtype=torch.float32),
-        hidden.new_empty((with_argmax, hidden.shape[-1]), dtype=torch.int32),
+        hidden.new_empty((with_argmax, out_channels), dtype=torch.int32),
     )
 
 

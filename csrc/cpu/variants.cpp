@@ -25,7 +25,9 @@ static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 
 static const std::vector<Variant> all = {
 #if defined(__x86_64__)
-    VARIANT(avx512_bf16, has_bf16), VARIANT(avx512, has_avx512), VARIANT(avx2, has_avx2),
+    VARIANT(avx512_bf16, has_bf16),
+    VARIANT(avx512, has_avx512),
+    VARIANT(avx2, has_avx2),
 #endif
     VARIANT(portable, true),
 };

@@ -482,7 +482,7 @@ def _backward(
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     for i, dtype in enumerate(ctx.dtypes, start=3):
         wanted[i] = None if wanted[i] is None else wanted[i].to(dtype)
-    return common.first_derivatives("attention", wanted, (d_out, d_lse, query, key, value, tau, factor))
+    return common.first_derivatives("attention", *wanted)
 
 
 def _reference_forward(ctx: Any, function: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
