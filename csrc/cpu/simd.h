@@ -40,8 +40,8 @@ EK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 EK_INLINE Vec splat(float x) { return x - Vec{}; }
-EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
-EK_INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+EK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
 
 EK_INLINE float sum_lanes(Vec x) {
   float sum = 0;
