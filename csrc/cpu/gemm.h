@@ -7,11 +7,7 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MR = 12, NV = 2;  // 24 of 32 registers accumulate
-#else
-constexpr int MR = 6, NV = 2;  // 12 of 16
-#endif
+constexpr int MR = W == 16 ? 12 : 6, NV = 2;  // 24 of AVX-512's 32 registers accumulate, 12 of AVX2's and SSE's 16
 constexpr int NR = NV * W;
 
 template <int mr, int nv, bool add>
