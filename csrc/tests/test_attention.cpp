@@ -1,16 +1,13 @@
 // Every variant that this CPU supports against a double loop: odd sizes, holes, grouped heads, strides, all gradients.
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <vector>
 
-#include "../cpu/variants.h"
+#include "naive.h"
 
 using namespace ek;
 
-static int failures = 0;
+static int failures = 0;  // of one variant
 
 // (B, L, H, D) in memory, NaN between the heads' rows; exactly as large as it must be, so that a sanitizer sees more.
 struct Rows {
@@ -34,14 +31,14 @@ struct Rows {
   }
 };
 
-static void check(const char* variant, const char* what, const std::vector<int64_t>& shape, double got, double wanted) {
-  if (std::fabs(got - wanted) <= 2e-5 * (1 + std::fabs(wanted))) return;
-  if (got == wanted) return;  // infinities
-  if (failures++ > 20) return;
-  std::printf("%s %s: got %g, wanted %g; shape", variant, what, got, wanted);
+static void check(const char* what, const std::vector<int64_t>& shape, double got, double wanted) {
+  if (naive::close(got, wanted, 2e-5) || got == wanted || failures++ > 20) return;  // ==: infinities
+  std::printf("%s: got %g, wanted %g; shape", what, got, wanted);
   for (int64_t n : shape) std::printf(" %lld", static_cast<long long>(n));
   std::printf("\n");
 }
+
+static std::vector<double> zeros(int64_t n) { return std::vector<double>(static_cast<size_t>(n)); }
 
 static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int64_t lq, int64_t lk, int64_t d,
                     int64_t dv, int holes) {
@@ -101,11 +98,11 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
     variant.attention.backward(p, s, 0, kv_heads, scratch.get());
 
     for (int64_t h = 0; h < kv_heads; h++) {
-      std::vector<double> want_dk(size_t(lk * d)), want_dv(size_t(lk * dv));
+      std::vector<double> want_dk = zeros(lk * d), want_dv = zeros(lk * dv);
       for (int64_t row = 0; row < group * lq; row++) {
         const int64_t head = h * group + row / lq, i = row % lq;
         const double t = *tau.at(b, head, i);
-        std::vector<double> u(size_t(lk)), weight(size_t(lk)), d_weight(size_t(lk)), o(size_t(dv)), want_dq(size_t(d));
+        std::vector<double> u = zeros(lk), weight = zeros(lk), d_weight = zeros(lk), o = zeros(dv), want_dq = zeros(d);
         double top = -INFINITY, sum = 0, delta = 0, want_tau = 0, want_scale = 0;
         for (int32_t j : list) {
           for (int64_t c = 0; c < d; c++) u[size_t(j)] += double(q.at(b, head, i)[c]) * k.at(b, h, j)[c] * 0.7f / t;
@@ -131,29 +128,23 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
           }
         }
         const double want_lse = list.empty() ? -INFINITY : top + std::log(sum);
-        for (int64_t c = 0; c < dv; c++) check(variant.name.c_str(), "out", shape, out.at(b, head, i)[c], o[size_t(c)]);
-        for (int64_t c = 0; c < d; c++)
-          check(variant.name.c_str(), "d_query", shape, dq.at(b, head, i)[c], want_dq[size_t(c)]);
-        check(variant.name.c_str(), "lse", shape, *lse.at(b, head, i), want_lse);
-        check(variant.name.c_str(), "d_temperature", shape, *d_tau.at(b, head, i), want_tau);
-        check(variant.name.c_str(), "d_scale", shape, *d_scale.at(b, head, i), want_scale);
+        for (int64_t c = 0; c < dv; c++) check("out", shape, out.at(b, head, i)[c], o[size_t(c)]);
+        for (int64_t c = 0; c < d; c++) check("d_query", shape, dq.at(b, head, i)[c], want_dq[size_t(c)]);
+        check("lse", shape, *lse.at(b, head, i), want_lse);
+        check("d_temperature", shape, *d_tau.at(b, head, i), want_tau);
+        check("d_scale", shape, *d_scale.at(b, head, i), want_scale);
       }
       for (int64_t j = 0; j < lk; j++) {
-        for (int64_t c = 0; c < d; c++)
-          check(variant.name.c_str(), "d_key", shape, dk.at(b, h, j)[c], want_dk[size_t(j * d + c)]);
-        for (int64_t c = 0; c < dv; c++)
-          check(variant.name.c_str(), "d_value", shape, dvalue.at(b, h, j)[c], want_dv[size_t(j * dv + c)]);
+        for (int64_t c = 0; c < d; c++) check("d_key", shape, dk.at(b, h, j)[c], want_dk[size_t(j * d + c)]);
+        for (int64_t c = 0; c < dv; c++) check("d_value", shape, dvalue.at(b, h, j)[c], want_dv[size_t(j * dv + c)]);
       }
     }
   }
 }
 
 int main() {
-  for (const Variant& variant : variants()) {
-    if (!variant.supported) {
-      std::printf("%s: this CPU lacks it\n", variant.name.c_str());
-      continue;
-    }
+  return naive::for_variants([](const Variant& variant) {
+    failures = 0;
     for (int holes = 0; holes < 3; holes++) {
       for (int64_t n : {1, 2, 7, 16, 33}) compare(variant, 1, 2, n, n, 8, 8, holes);
       compare(variant, 2, 2, 13, 29, 24, 40, holes);
@@ -163,7 +154,6 @@ int main() {
     }
     compare(variant, 1, 1, 1, 0, 8, 8, 0);
     compare(variant, 1, 1, 0, 3, 8, 8, 0);
-  }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+    naive::report(variant.name + " attention", failures == 0);
+  });
 }
