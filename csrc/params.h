@@ -32,7 +32,7 @@ struct PoolParams {
   float eps;
   void* out;          // (segments, out_channels)
   float* pooled;      // (segments, out_channels), before the normalisation
-  int32_t* argmax;    // (segments, channels), row of the maximum relative to start, -1: none; null without max
+  int32_t* argmax;    // (segments, out_channels), row of the maximum relative to start, -1: none; null without max
   const void* d_out;  // (segments, out_channels), rows d_out_stride apart
   int64_t d_out_stride;
   float* d_pooled;                // (segments, out_channels): d_out through normalisation and denominators
@@ -41,6 +41,33 @@ struct PoolParams {
   void* d_hidden;                 // (rows, channels), contiguous
 };
 constexpr int64_t pool_chunk = 64;  // rows of d_hidden that one task writes
+
+// Where element (b, h, t, 0) of a tensor lies: data + b * stride_b + h * stride_h + t * stride_t. Packed batches have
+// b = 0 and t counted over all sequences. data null: there is none, or it isn't wanted.
+struct Strided {
+  void* data;
+  int64_t stride_b, stride_h, stride_t;
+};
+
+// Queries [q_start, q_start + q_length) of batch entry b; of its keys [k_start, k_start + k_length), `visible` are seen:
+// k_start + key[j], or without a list k_start + k_first + j.
+struct AttentionSequence {
+  int64_t b, q_start, q_length, k_start, k_length;
+  int64_t visible, k_first;
+  const int32_t* key;
+};
+
+// out = softmax(scale · q·kᵀ / temperature) · v, and lse, over each sequence's visible keys.
+struct AttentionParams {
+  int64_t heads, kv_heads, dim, dim_v;
+  DType dtype;                                // of query, key, value, out and their gradients
+  Strided query, key, value, out;
+  Strided temperature, scale, lse;            // float; without data the number below
+  float temperature_number, scale_number;
+  Strided d_out, d_lse;                       // d_lse float
+  Strided d_query, d_key, d_value;
+  Strided d_temperature, d_scale;             // float, one for each row
+};
 
 // Vectors (rows, dim) of one of InfoNCE's inputs; data is null where there is none.
 struct InfoNCEVectors {

@@ -56,7 +56,8 @@ def select(family: str, backends: Sequence[Backend], wanted: str | None, call: C
                 _warn_of_fallback(family, backends, call)
             return backend
         if wanted is not None:
-            raise NotImplementedError(f"{family}: backend {wanted!r} can't run this: {'; '.join(backend.reasons(call))}")
+            reasons = "; ".join(backend.reasons(call))
+            raise NotImplementedError(f"{family}: backend {wanted!r} can't run this: {reasons}")
     raise NotImplementedError(f"{family}: there is no {wanted!r} backend for it yet")
 
 

@@ -5,7 +5,7 @@ A size or a count is a SymInt: declared as int, each new value would compile ane
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,62 @@ def _pool_forward(
     return (
         hidden.new_empty((segments, out_channels)),
         hidden.new_empty((segments, out_channels), dtype=torch.float32),
-        hidden.new_empty((with_argmax, hidden.shape[-1]), dtype=torch.int32),
+        hidden.new_empty((with_argmax, out_channels), dtype=torch.int32),
     )
 
 
 def _pool_backward(d_out: Tensor, pooled: Tensor, argmax: Tensor, shape: list[int], *_: Any) -> Tensor:
     return d_out.new_empty(shape)
+
+
+def memory_order(strides: Sequence[int]) -> list[int]:
+    """The dims before the last from the outermost to the innermost in memory, then the last."""
+    return [*sorted(range(len(strides) - 1), key=lambda dim: -strides[dim]), len(strides) - 1]
+
+
+def _empty_in_order_of(like: Tensor, last: int) -> Tensor:
+    order = memory_order(like.stride())
+    sizes = [*like.shape[:-1], last]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return like.new_empty([sizes[dim] for dim in order]).permute(inverse)
+
+
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return (
+        _empty_in_order_of(query, value.shape[-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float32),
+    )
+
+
+def _attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    temperature: Tensor | None,
+    temperature_number: float,
+    scale: Tensor | None,
+    scale_number: float,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    inputs = [_empty_in_order_of(x, x.shape[-1]) if need else x.new_empty((0,)) for x, need in
+              zip((query, key, value), needs, strict=False)]  # fmt: skip
+    factors = [
+        query.new_empty(x.shape if need and x is not None else (0,), dtype=torch.float32)
+        for x, need in zip((temperature, scale), needs[3:], strict=True)
+    ]
+    return (*inputs, *factors)
+
+
+_ATTENTION_OPTIONS = (
+    "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? temperature, "
+    "float temperature_number, Tensor? scale, float scale_number"
+)
 
 
 def _info_nce(
@@ -85,6 +135,18 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, SymInt out_channels, bool normalize, "
         "float eps) -> Tensor",
         _pool_backward,
+    ),
+    # padded (B, H, L, D) or, with cu_seqlens, packed (T, H, D); temperature and scale float32, or the numbers
+    "attention_forward": (
+        f"(Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}) -> (Tensor out, Tensor lse)",
+        _attention_forward,
+    ),
+    # a gradient that isn't needed is empty
+    "attention_backward": (
+        f"(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}, bool need_query, "
+        "bool need_key, bool need_value, bool need_temperature, bool need_scale) -> "
+        "(Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_temperature, Tensor d_scale)",
+        _attention_backward,
     ),
     # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
     "info_nce": (

@@ -132,16 +132,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, OptionalTensor lengths
   p.stride_b = hidden.dim() == 3 ? hidden.stride(0) : 0;
   Tensor out = torch::stable::new_empty(hidden, {p.segments, out_channels});
   Tensor pooled = torch::stable::new_empty(hidden, {p.segments, out_channels}, ek::ScalarType::Float);
-  Tensor argmax = torch::stable::new_empty(hidden, {p.takes_maximum() ? p.segments : 0, p.channels}, ek::ScalarType::Int);
+  Tensor argmax =
+      torch::stable::new_empty(hidden, {p.takes_maximum() ? p.segments : 0, out_channels}, ek::ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.pooled = pooled.mutable_data_ptr<float>();
   p.argmax = p.takes_maximum() ? argmax.mutable_data_ptr<int32_t>() : nullptr;
 
   const ek::PoolingKernels& kernels = ek::variant().pooling;
   const int64_t blocks = (p.channels + ek::pool_block - 1) / ek::pool_block, work = p.rows * p.channels;
-  ek::for_tasks(p.segments * blocks, work, ek::pool_scratch_floats, [&](int64_t i, float* scratch) {
-    kernels.pool(p, i / blocks, i % blocks, scratch);
-  });
+  ek::for_tasks(p.segments * blocks, work, ek::pool_scratch_floats,
+                [&](int64_t i, float* scratch) { kernels.pool(p, i / blocks, i % blocks, scratch); });
   ek::for_tasks(p.segments, p.segments * out_channels, 0, [&](int64_t s, float*) { kernels.normalize(p, s); });
   return {out, pooled, argmax};
 }
@@ -165,9 +165,8 @@ Tensor backward(Tensor d_out, Tensor pooled, Tensor argmax, std::vector<int64_t>
   const ek::PoolingKernels& kernels = ek::variant().pooling;
   ek::for_tasks(p.segments, p.segments * out_channels, 0, [&](int64_t s, float*) { kernels.d_pooled(p, s); });
   const int64_t chunks = int64_t(p.chunk_offset_held.size()) - 1;
-  ek::for_tasks(chunks, p.rows * p.channels, 2 * (p.channels + 16), [&](int64_t i, float* scratch) {
-    kernels.d_hidden(p, i, scratch);
-  });
+  ek::for_tasks(chunks, p.rows * p.channels, 2 * (p.channels + 16),
+                [&](int64_t i, float* scratch) { kernels.d_hidden(p, i, scratch); });
   return d_hidden;
 }
 

@@ -30,8 +30,8 @@ inline std::vector<int64_t> integers(const Tensor& x) {
   const Tensor dense = torch::stable::contiguous(x);
   std::vector<int64_t> values(static_cast<size_t>(dense.numel()));
   for (size_t i = 0; i < values.size(); i++) {
-    values[i] = x.scalar_type() == ScalarType::Int ? dense.const_data_ptr<int32_t>()[i]
-                                                   : dense.const_data_ptr<int64_t>()[i];
+    values[i] =
+        x.scalar_type() == ScalarType::Int ? dense.const_data_ptr<int32_t>()[i] : dense.const_data_ptr<int64_t>()[i];
   }
   return values;
 }

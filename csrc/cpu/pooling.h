@@ -3,7 +3,7 @@
 
 namespace ek {
 
-constexpr int64_t pool_block = 512;                                    // channels that one task pools
+constexpr int64_t pool_block = 1024;                                       // channels that one task pools
 constexpr int64_t pool_scratch_floats = 2 * pool_mode_count * pool_block;  // of one task of `pool`
 
 struct PoolingKernels {

@@ -2,6 +2,7 @@
 // everything lies in an anonymous namespace inside EK_VARIANT: the linker may never share it between variants.
 #pragma once
 #include <cstdint>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -13,7 +14,9 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(EK_LANES)
+constexpr int W = EK_LANES;  // the tests' way to run 16 lanes on any CPU
+#elif defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -39,8 +42,8 @@ EK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 EK_INLINE Vec splat(float x) { return x - Vec{}; }
-EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
-EK_INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+EK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
 
 EK_INLINE float sum_lanes(Vec x) {
   float sum = 0;
@@ -150,6 +153,44 @@ EK_INLINE Vec exp(Vec x) {
   const Vec power = (Vec)((UVec)shifted << 23);  // 2^n times the constant's bits, which the shift removes
   const Vec result = (Vec)((IVec)y + (IVec)power);
   return select(x != x, x, select(underflows, Vec{}, result));
+}
+
+// ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf
+// coefficients).
+EK_INLINE Vec log(Vec x) {
+  const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;
+  const Vec f = (Vec)(bits - (n << 23)) - 1.0f, e = __builtin_convertvector(n, Vec), square = f * f;
+  Vec y = 7.0376836292e-2f * f - 1.1514610310e-1f;
+  y = y * f + 1.1676998740e-1f;
+  y = y * f - 1.2420140846e-1f;
+  y = y * f + 1.4249322787e-1f;
+  y = y * f - 1.6668057665e-1f;
+  y = y * f + 2.0000714765e-1f;
+  y = y * f - 2.4999993993e-1f;
+  y = y * f + 3.3333331174e-1f;
+  y = y * f * square + e * -2.12194440e-4f - 0.5f * square;
+  return select(x != x, x, f + y + e * 0.693359375f);
+}
+
+template <int high, int... lane>
+EK_INLINE Vec zip(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (high * W / 2 + lane / 2 + lane % 2 * W)...);
+}
+
+// W vectors as a W × W matrix: each of log2 W perfect shuffles rotates the bits of (row, lane) by one.
+EK_INLINE void transpose(Vec* x) {
+  constexpr std::make_integer_sequence<int, W> lanes;
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    Vec y[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; i++) {
+      y[2 * i] = zip<0>(x[i], x[i + W / 2], lanes);
+      y[2 * i + 1] = zip<1>(x[i], x[i + W / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i++) x[i] = y[i];
+  }
 }
 
 }  // namespace

@@ -4,14 +4,18 @@
 
 namespace ek {
 
-#define DECLARE(variant)               \
-  namespace variant {                  \
-  extern const PoolingKernels pooling; \
-  extern const InfoNCEKernels infonce; \
+#define DECLARE(variant)                   \
+  namespace variant {                      \
+  extern const PoolingKernels pooling;     \
+  extern const AttentionKernels attention; \
+  extern const InfoNCEKernels infonce;     \
   }
-#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::infonce}
+#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::attention, variant::infonce}
 
 DECLARE(portable)
+#if defined(EK_TESTS)
+DECLARE(wide)
+#endif
 #if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx512)
@@ -25,9 +29,14 @@ static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 
 static const std::vector<Variant> all = {
 #if defined(__x86_64__)
-    VARIANT(avx512_bf16, has_bf16), VARIANT(avx512, has_avx512), VARIANT(avx2, has_avx2),
+    VARIANT(avx512_bf16, has_bf16),
+    VARIANT(avx512, has_avx512),
+    VARIANT(avx2, has_avx2),
 #endif
     VARIANT(portable, true),
+#if defined(EK_TESTS)
+    VARIANT(wide, true),
+#endif
 };
 
 static const Variant& find(const std::string& name) {

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "infonce.h"
 #include "pooling.h"
 
@@ -12,6 +13,7 @@ struct Variant {
   std::string name;
   bool supported;  // by this CPU
   const PoolingKernels& pooling;
+  const AttentionKernels& attention;
   const InfoNCEKernels& infonce;
 };
 

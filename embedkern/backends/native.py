@@ -31,6 +31,25 @@ def _on_cpu(argument: str) -> tuple[Rule, Rule]:
 POOLING = Backend("cpu", _on_cpu("hidden"), OPS.pool_forward.default, OPS.pool_backward.default)
 
 
+def _given(*options: str) -> tuple[Rule, ...]:
+    """Options of attention that the kernel hasn't got yet."""
+
+    def rule(option: str) -> Rule:
+        return Rule(
+            lambda call: bool(call[option]) if isinstance(call[option], (bool, float)) else call[option] is not None,
+            f"{option} isn't in the CPU kernel yet",
+        )
+
+    return tuple(rule(option) for option in options)
+
+
+_ATTENTION_RULES = (*_on_cpu("query"), *_given("relative_bias", "causal", "window", "softcap", "dropout_p"))
+_ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.default
+
+ATTENTION = Backend("cpu", (*_ATTENTION_RULES, *_given("mask", "bias")), *_ATTENTION_OPERATORS)
+ATTENTION_VARLEN = Backend("cpu", _ATTENTION_RULES, *_ATTENTION_OPERATORS)
+
+
 def _float64_beside(call: Call) -> bool:
     return any(
         call[name] is not None and call[name].dtype not in DTYPES for name in ("documents", "negatives", "positives")

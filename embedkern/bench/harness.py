@@ -25,7 +25,7 @@ class Row:
 def interleave(
     candidates: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each run: `rounds` rounds in which every candidate runs once, after `warmup` rounds that don't count."""
+    """Seconds of each run: in each of `rounds` rounds every candidate runs once; `warmup` rounds before don't count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, run in candidates.items():
@@ -63,3 +63,13 @@ def gemm_peak(dtype: str = "float32", rounds: int = 8) -> float:
         seconds = interleave({"mm": lambda a=a, b=b: a @ b}, rounds)["mm"]  # type: ignore[misc]
         best = max(best, 2 * n**3 / min(seconds))
     return best
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the rest of this process, so that large results cost no page faults."""
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)

@@ -59,13 +59,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 class NoSecondDerivative(torch.autograd.Function):
-    """Ties a gradient to what it was computed from, so that differentiating it raises.
+    """The identity on a gradient, made a function of `anything` so that differentiating it raises.
 
     once_differentiable doesn't serve: where the loss is linear in out, it drops second derivatives silently.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, family: str, *computed_from: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, family: str, anything: Tensor) -> Tensor:
         ctx.family = family
         return gradient.clone()
 
@@ -74,13 +74,12 @@ class NoSecondDerivative(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.family}: second derivatives only with backend='reference'")
 
 
-def first_derivatives(
-    family: str, gradients: Sequence[Tensor | None], computed_from: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """The gradients a backward returns; under create_graph they raise if differentiated again."""
+def first_derivatives(family: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients a backward returns; under create_graph they raise if they are differentiated again."""
     if not torch.is_grad_enabled():
-        return tuple(gradients)
-    return tuple(g if g is None else NoSecondDerivative.apply(g, family, *computed_from) for g in gradients)
+        return gradients
+    anything = torch.empty(0, requires_grad=True)
+    return tuple(g if g is None else NoSecondDerivative.apply(g, family, anything) for g in gradients)
 
 
 def reference_gradients(
@@ -92,16 +91,21 @@ def reference_gradients(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        tracked = list(inputs) if create_graph else [
-            x.detach().requires_grad_(need) if isinstance(x, Tensor) and need else x
-            for x, need in zip(inputs, needed, strict=True)
-        ]
+        tracked = (
+            list(inputs)
+            if create_graph
+            else [
+                x.detach().requires_grad_(need) if isinstance(x, Tensor) and need else x
+                for x, need in zip(inputs, needed, strict=True)
+            ]
+        )
         outputs = function(*tracked)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, d) for o, d in zip(outputs, d_outputs, strict=True) if d is not None and o.requires_grad]
         wanted = [x for x, need in zip(tracked, needed, strict=True) if need]
         found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=create_graph,
-                                allow_unused=True)
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [d for _, d in pairs], create_graph=create_graph, allow_unused=True
+            )
         )
     return tuple(next(found) if need else None for need in needed)

@@ -7,11 +7,13 @@ from typing import Any
 
 from .. import dispatch
 from ..dispatch import Explanation
-from . import infonce, pooling
+from . import attention, infonce, pooling
 
-FAMILIES = {
-    "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
+FAMILIES: dict[str, tuple[Any, Any, Any]] = {
+    "attention": (attention.attention, attention.check, attention.BACKENDS),
+    "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.VARLEN_BACKENDS),
     "info_nce": (infonce.info_nce, infonce.check, infonce.BACKENDS),
+    "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
 }
 
 

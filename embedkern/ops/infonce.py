@@ -311,7 +311,7 @@ class InfoNCEFunction(torch.autograd.Function):
             d_weights = _d_weights(row_loss, tensors["weights"], call["reduction"]) * d_loss
             gradients["weights"] = d_weights.to(tensors["weights"].dtype)
         in_order = [gradients.get(name) for name in ARGUMENTS]
-        return common.first_derivatives("info_nce", in_order, (d_loss, *tensors.values()))
+        return common.first_derivatives("info_nce", *in_order)
 
 
 ARGUMENTS = tuple(inspect.signature(InfoNCEFunction.forward).parameters)[1:]

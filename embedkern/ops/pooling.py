@@ -192,4 +192,4 @@ class PoolFunction(torch.autograd.Function):
             return (common.reference_gradients(reference.pool, arguments, needed, (d_out,))[0], *(None,) * 10)
         pooled, argmax, *places = ctx.saved_tensors
         d_hidden = ctx.backend.backward(d_out, pooled, argmax, ctx.shape, *places, *ctx.options)
-        return (*common.first_derivatives("pool", (d_hidden,), (d_out, pooled)), *(None,) * 10)
+        return (*common.first_derivatives("pool", d_hidden), *(None,) * 10)

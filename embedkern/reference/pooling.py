@@ -65,7 +65,8 @@ def pool(
         n = rows.shape[0]
         parts = [_pool_rows(rows, ranks, mode) if n else x.new_zeros(channels) for mode in modes]
         results.append(torch.cat(parts)[:out_channels])
-    out = torch.stack(results) if results else x.new_zeros((0, out_channels)) + x.sum() * 0
+    out = torch.stack(results) if results else x.new_zeros((0, out_channels))
+    out = out + x[:0].sum()  # 0: where there is nothing to pool, the gradient is 0 too
     if normalize:
         norm = torch.linalg.vector_norm(out, dim=1, keepdim=True)
         divisor = torch.where(norm < eps, norm.new_tensor(eps), norm)

@@ -1,0 +1,56 @@
+# Each target does its own set-up. `make test` is what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt setup.py
+
+.PHONY: demo test test-python test-cpp lint bench docs format clean
+
+demo: $(VENV)/native
+	$(BIN)/embedkern demo $(ARGS)
+
+test: lint test-cpp test-python
+
+test-python: $(VENV)/native
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests --durations=10
+
+test-cpp: $(VENV)/native
+	cmake -S . -B $(BUILD)/release -G Ninja -DCMAKE_BUILD_TYPE=Release -DEK_TESTS=ON
+	cmake --build $(BUILD)/release
+	ctest --test-dir $(BUILD)/release --output-on-failure
+	cmake -S . -B $(BUILD)/sanitized -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEK_TESTS=ON -DEK_SANITIZE=ON
+	cmake --build $(BUILD)/sanitized
+	ctest --test-dir $(BUILD)/sanitized --output-on-failure
+
+lint: $(VENV)/native
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+	$(BIN)/mypy
+
+format: $(VENV)/native
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+bench: $(VENV)/native
+	$(BIN)/embedkern bench --out benchmarks/results $(ARGS)
+
+docs: $(VENV)/native
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+# torch is pinned: without it, a CUDA build of several GB may come. An isolated build would fetch torch once more.
+$(VENV)/tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy cmake ninja pybind11 setuptools wheel
+	touch $@
+
+$(VENV)/native: $(VENV)/tools pyproject.toml $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,demo]"
+	touch $@
+
+clean:
+	rm -rf $(BUILD) $(VENV) embedkern/*.so *.egg-info

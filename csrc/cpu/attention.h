@@ -1,0 +1,33 @@
+#pragma once
+#include "../params.h"
+
+namespace ek {
+
+// A (sequence, key/value head) has group · q_length rows: query head after query head. They are cut into chunks, each
+// a task of the forward pass, and chunks into blocks whose scores, whole rows, are held in a panel.
+constexpr int64_t attention_chunk = 768;
+constexpr int64_t attention_panel_floats = 32768;
+
+// An odd number of cache lines: columns of a panel spread over all sets of the first-level cache.
+static inline int64_t attention_stride(int64_t keys) { return (keys + 15) / 16 * 16 | 16; }
+
+static inline int64_t attention_block(int64_t keys, int64_t rows) {
+  const int64_t fit = attention_panel_floats / attention_stride(keys) / 24 * 24;
+  const int64_t block = fit < 24 ? 24 : fit > 192 ? 192 : fit;
+  return rows < block ? rows : block;
+}
+
+static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t keys, int64_t rows, bool backward) {
+  const int64_t stride = attention_stride(keys), block = attention_block(keys, rows) + 16;
+  const int64_t dims = p.dim + p.dim_v + 32;
+  return dims * (stride + block) + block * (stride + 16) +  // forward
+         (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
+}
+
+struct AttentionKernels {  // of the key/value heads [first, end)
+  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t chunk, int64_t first, int64_t end,
+                  float* scratch);
+  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t first, int64_t end, float* scratch);
+};
+
+}  // namespace ek

@@ -1,0 +1,5 @@
+"""Modules over the ops."""
+
+from .pooling import Pooling
+
+__all__ = ["Pooling"]

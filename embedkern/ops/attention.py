@@ -1,0 +1,531 @@
+"""attention and attention_varlen: checks, the choice of a backend, gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..backends import native
+from ..dispatch import Backend
+from ..reference import attention as reference
+from . import common
+
+BACKENDS = (native.ATTENTION, Backend("reference"))
+VARLEN_BACKENDS = (native.ATTENTION_VARLEN, Backend("reference"))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(z / temperature over the visible keys) · value, z = cap(scale · query·keyᵀ) + bias + relative_bias.
+
+    Args:
+        query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv), one dtype, Hq a multiple of Hkv, D and
+            Dv multiples of 8 up to 256. Any strides are read in place while the last is 1.
+        key_lengths: (B,) int32 or int64: key j is visible if j < key_lengths[b].
+        key_mask: (B, Lk) bool, any pattern. What is hidden is never read: NaN there is harmless.
+        mask: bool, broadcastable to (B, Hq, Lq, Lk), True where a row attends.
+        bias: float, broadcastable to (B, Hq, Lq, Lk); −inf hides the key.
+        relative_bias: float (Hq, 2R + 1), entry clip(j − p, −R, R) + R, where query i stands at p = i + (Lk − Lq).
+        temperature: a number > 0, or a tensor broadcastable to (B, Hq, Lq, 1), with gradient (values ≤ 0 aren't
+            noticed in a tensor).
+        scale: a number (1 / √D by default) or a tensor as temperature's.
+        causal: only keys j ≤ p.
+        window: (left, right), only keys p − left ≤ j ≤ p + right; −1 is no bound.
+        softcap: cap(x) = softcap · tanh(x / softcap).
+        dropout_p: on the weights, seeded from torch's generator.
+        return_lse: also give logsumexp(z / temperature), (B, Hq, Lq) float32, differentiable.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in query's dtype and memory order, accumulated in float32; with return_lse (out, lse).
+        A row that sees no key gives 0, lse −inf and zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong rank, size, dtype, device or value.
+        NotImplementedError: the backend asked for can't run this call; second derivatives (use "reference").
+    """
+    call = check(
+        query, key, value, key_lengths, key_mask, mask, bias, relative_bias, temperature, scale, causal, window,
+        softcap, dropout_p
+    )  # fmt: skip
+    chosen = dispatch.select("attention", BACKENDS, backend, call)
+    if chosen.forward is None:
+        out, lse = reference.attention(**call)
+    else:
+        out, lse = AttentionFunction.apply(*call.values(), return_lse, chosen)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    relative_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` within each sequence of a packed batch.
+
+    Args:
+        query, key, value: (Tq, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 or int64, from 0 to Tq and Tk; cu_seqlens_k is cu_seqlens_q if it
+            isn't given.
+        max_seqlen_q, max_seqlen_k: accepted as FlashAttention takes them; they change nothing.
+        temperature, scale: a number, or a tensor broadcastable to (Tq, Hq, 1).
+        Everything else as in `attention`; positions count within each sequence, from its own lengths.
+
+    Returns:
+        out (Tq, Hq, Dv); with return_lse (out, lse), lse (Tq, Hq) float32.
+    """
+    call = check_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative_bias, temperature, scale,
+        causal, window, softcap, dropout_p
+    )  # fmt: skip
+    chosen = dispatch.select("attention_varlen", VARLEN_BACKENDS, backend, call)
+    if chosen.forward is None:
+        out, lse = reference.attention_varlen(**call)
+    else:
+        out, lse = AttentionVarlenFunction.apply(*_with_max_seqlens(call), return_lse, chosen)
+    return (out, lse) if return_lse else out
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
+    temperature: float | Tensor,
+    scale: float | Tensor | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool = False,
+) -> dict[str, Any]:
+    """The reference's arguments, or an error that names what is wrong."""
+    common.check_tensor("query", query, 4, "(B, Hq, Lq, D)")
+    common.check_tensor("key", key, 4, "(B, Hkv, Lk, D)")
+    common.check_tensor("value", value, 4, "(B, Hkv, Lk, Dv)")
+    batch, heads, len_q, dim = query.shape
+    kv_heads, len_k = key.shape[1], key.shape[2]
+    if key.shape[0] != batch or key.shape[3] != dim:
+        raise ValueError(f"key must have shape ({batch}, Hkv, Lk, {dim}) as query {_shape(query)}, got {_shape(key)}")
+    if value.shape[0] != batch or value.shape[1] != kv_heads or value.shape[2] != len_k:
+        raise ValueError(
+            f"value must have shape ({batch}, {kv_heads}, {len_k}, Dv) as key {_shape(key)}, got {_shape(value)}"
+        )
+    query, key, value = _check_inputs(query, key, value, heads, kv_heads)
+    if key_lengths is not None:
+        common.check_integers("key_lengths", key_lengths, (batch,), query, "query")
+    if key_mask is not None:
+        _check_bool("key_mask", key_mask, query)
+        common.check_shape("key_mask", key_mask, (batch, len_k))
+    if mask is not None:
+        _check_bool("mask", mask, query)
+        _check_broadcast("mask", mask, (batch, heads, len_q, len_k), "(B, Hq, Lq, Lk)")
+    if bias is not None:
+        _check_float("bias", bias, query)
+        _check_broadcast("bias", bias, (batch, heads, len_q, len_k), "(B, Hq, Lq, Lk)")
+    window = _check_options(query, heads, relative_bias, causal, window, softcap, dropout_p)
+    _check_factors(query, (batch, heads, len_q, 1), "(B, Hq, Lq, 1)", temperature, scale)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_lengths": key_lengths,
+        "key_mask": key_mask,
+        "mask": mask,
+        "bias": bias,
+        "relative_bias": relative_bias,
+        "temperature": temperature,
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
+
+
+def check_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    relative_bias: Tensor | None,
+    temperature: float | Tensor,
+    scale: float | Tensor | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
+    return_lse: bool = False,
+) -> dict[str, Any]:
+    """The reference's arguments, or an error that names what is wrong."""
+    common.check_tensor("query", query, 3, "(Tq, Hq, D)")
+    common.check_tensor("key", key, 3, "(Tk, Hkv, D)")
+    common.check_tensor("value", value, 3, "(Tk, Hkv, Dv)")
+    tokens, heads, dim = query.shape
+    tokens_k, kv_heads = key.shape[0], key.shape[1]
+    if key.shape[2] != dim:
+        raise ValueError(f"key must have shape (Tk, Hkv, {dim}) as query {_shape(query)}, got {_shape(key)}")
+    if value.shape[0] != tokens_k or value.shape[1] != kv_heads:
+        raise ValueError(
+            f"value must have shape ({tokens_k}, {kv_heads}, Dv) as key {_shape(key)}, got {_shape(value)}"
+        )
+    query, key, value = _check_inputs(query, key, value, heads, kv_heads)
+    common.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query, "query")
+    if cu_seqlens_k is not None:
+        common.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, query, "query")
+        if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
+            raise ValueError(
+                f"cu_seqlens_k must have cu_seqlens_q's shape {_shape(cu_seqlens_q)}, got {_shape(cu_seqlens_k)}"
+            )
+    elif tokens_k != tokens:
+        raise ValueError(f"key must have query's {tokens} tokens without cu_seqlens_k, got {tokens_k}")
+    window = _check_options(query, heads, relative_bias, causal, window, softcap, dropout_p)
+    _check_factors(query, (tokens, heads, 1), "(Tq, Hq, 1)", temperature, scale)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "relative_bias": relative_bias,
+        "temperature": temperature,
+        "scale": scale,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "dropout_p": dropout_p,
+    }
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value, in autocast's dtype under autocast."""
+    common.check_float("query", query)
+    device, dtype = query.device, query.dtype
+    if torch.is_autocast_enabled(device.type):
+        query, key, value = (_autocast(x) for x in (query, key, value))
+        dtype = query.dtype
+    if key.dtype != dtype or value.dtype != dtype:
+        name, x = ("key", key) if key.dtype != dtype else ("value", value)
+        raise TypeError(f"{name} must have query's dtype {dtype}, got {x.dtype}")
+    if key.device != device or value.device != device:
+        common.check_device("key", key, query, "query")
+        common.check_device("value", value, query, "query")
+    dim, dim_v = query.shape[-1], value.shape[-1]
+    if dim % 8 != 0 or not 8 <= dim <= 256:
+        raise ValueError(f"query's head dim must be a multiple of 8 from 8 to 256, got {dim}")
+    if dim_v % 8 != 0 or not 8 <= dim_v <= 256:
+        raise ValueError(f"value's head dim must be a multiple of 8 from 8 to 256, got {dim_v}")
+    if (heads != kv_heads and kv_heads == 0) or (kv_heads != 0 and heads % kv_heads != 0):
+        raise ValueError(f"query's heads must be a multiple of key's {kv_heads}, got {heads}")
+    return query, key, value
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Custom operators are no autocast operators: what is float32 is cast here."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if x.dtype == torch.float32 else x
+
+
+def _check_bool(name: str, x: object, query: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {type(x).__name__}")
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {x.dtype}")
+    common.check_device(name, x, query, "query")
+
+
+def _check_float(name: str, x: object, query: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, got {type(x).__name__}")
+    common.check_float(name, x)
+    common.check_device(name, x, query, "query")
+
+
+def _check_broadcast(name: str, x: Tensor, shape: Sequence[int], what: str) -> None:
+    sizes = x.shape
+    if len(sizes) <= len(shape) and all(
+        n == 1 or n == wanted for n, wanted in zip(sizes, shape[len(shape) - len(sizes) :], strict=True)
+    ):
+        return
+    raise ValueError(f"{name} must be broadcastable to {what} = {tuple(shape)}, got {_shape(x)}")
+
+
+def _check_factors(
+    query: Tensor, shape: Sequence[int], what: str, temperature: float | Tensor, scale: float | Tensor | None
+) -> None:
+    if isinstance(temperature, Tensor):
+        _check_float("temperature", temperature, query)
+        _check_broadcast("temperature", temperature, shape, what)
+    elif not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    if isinstance(scale, Tensor):
+        _check_float("scale", scale, query)
+        _check_broadcast("scale", scale, shape, what)
+    elif scale is not None:
+        if not isinstance(scale, (int, float)):
+            raise TypeError(f"scale must be a number, a tensor or None, got {type(scale).__name__}")
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _check_options(
+    query: Tensor,
+    heads: int,
+    relative_bias: Tensor | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
+) -> tuple[int, int] | None:
+    """The window as a tuple, or None if it has no bound."""
+    if relative_bias is not None:
+        _check_float("relative_bias", relative_bias, query)
+        if relative_bias.ndim != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 != 1:
+            raise ValueError(f"relative_bias must have shape (Hq, 2R + 1), Hq = {heads}, got {_shape(relative_bias)}")
+    if causal is not True and causal is not False:
+        raise TypeError(f"causal must be True or False, got {causal!r}")
+    if softcap is not None and (not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be None or a number > 0, got {softcap!r}")
+    if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a number in [0, 1], got {dropout_p!r}")
+    if window is None:
+        return None
+    if (
+        not isinstance(window, (tuple, list))
+        or len(window) != 2
+        or not all(isinstance(side, int) and side >= -1 for side in window)
+    ):
+        raise ValueError(f"window must be None or (left, right), integers ≥ -1, got {window!r}")
+    return None if window[0] == window[1] == -1 else (window[0], window[1])
+
+
+def _with_max_seqlens(call: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of attention_varlen in its order, from check_varlen's."""
+    arguments = tuple(call.values())
+    return (*arguments[:5], None, None, *arguments[5:])
+
+
+class AttentionFunction(torch.autograd.Function):
+    """`attention` for trainers that compose Functions: `apply` takes all its arguments in their order.
+
+    It returns (out, lse), whatever return_lse is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        relative_bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        scale: float | Tensor | None = None,
+        causal: bool = False,
+        window: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+        backend: str | Backend | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(backend, Backend):  # else the public function has checked
+            call = check(
+                query, key, value, key_lengths, key_mask, mask, bias, relative_bias, temperature, scale, causal, window,
+                softcap, dropout_p
+            )  # fmt: skip
+            backend = dispatch.select("attention", BACKENDS, backend, call)
+            if backend.forward is None:
+                return _reference_forward(ctx, reference.attention, call)
+            query, key, value = call["query"], call["key"], call["value"]
+        return _forward(ctx, backend, query, key, value, (key_lengths, key_mask, None, None), temperature, scale)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
+        if ctx.backend is None:
+            return _reference_backward(ctx, reference.attention, d_out, d_lse)
+        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
+
+
+class AttentionVarlenFunction(torch.autograd.Function):
+    """`attention_varlen`, as AttentionFunction is `attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        relative_bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        scale: float | Tensor | None = None,
+        causal: bool = False,
+        window: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+        backend: str | Backend | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(backend, Backend):
+            call = check_varlen(
+                query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative_bias, temperature,
+                scale, causal, window, softcap, dropout_p
+            )  # fmt: skip
+            backend = dispatch.select("attention_varlen", VARLEN_BACKENDS, backend, call)
+            if backend.forward is None:
+                return _reference_forward(ctx, reference.attention_varlen, call)
+            query, key, value = call["query"], call["key"], call["value"]
+        places = None, None, cu_seqlens_q, cu_seqlens_k
+        return _forward(ctx, backend, query, key, value, places, temperature, scale)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
+        if ctx.backend is None:
+            gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
+            return (*gradients[:5], None, None, *gradients[5:])
+        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
+
+
+def _forward(
+    ctx: Any,
+    backend: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: tuple[Tensor | None, ...],
+    temperature: float | Tensor,
+    scale: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """places: key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k."""
+    tau, tau_number = (temperature.float(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+    if isinstance(scale, Tensor):
+        factor, factor_number = scale.float(), 1.0
+    else:
+        factor, factor_number = None, query.shape[-1] ** -0.5 if scale is None else float(scale)
+    ctx.set_materialize_grads(False)
+    ctx.backend = backend
+    ctx.numbers = tau_number, factor_number
+    ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (temperature, scale)]
+    ctx.save_for_backward(query, key, value, *places, tau, factor)
+    return backend.forward(query, key, value, *places, tau, tau_number, factor, factor_number)
+
+
+def _backward(
+    ctx: Any, factors: tuple[int, int], d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """factors: where temperature and scale stand among the Function's arguments."""
+    query, key, value, *places, tau, factor = ctx.saved_tensors
+    if d_out is None:
+        d_out = value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, *factors)]
+    tau_number, factor_number = ctx.numbers
+    gradients = ctx.backend.backward(
+        d_out, d_lse, query, key, value, *places, tau, tau_number, factor, factor_number, *needs
+    )
+    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    for i, dtype in enumerate(ctx.dtypes, start=3):
+        wanted[i] = None if wanted[i] is None else wanted[i].to(dtype)
+    return common.first_derivatives("attention", *wanted)
+
+
+def _reference_forward(ctx: Any, function: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    ctx.backend = None
+    ctx.set_materialize_grads(False)
+    call["seed"] = reference.draw_seed(call["query"]) if call["dropout_p"] > 0 else None
+    ctx.call = call
+    return function(**call)
+
+
+def _reference_backward(
+    ctx: Any, function: Any, d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    arguments = tuple(ctx.call.values())
+    needed = [isinstance(x, Tensor) and x.dtype.is_floating_point and x.requires_grad for x in arguments]
+    return common.reference_gradients(function, arguments, needed, (d_out, d_lse))
+
+
+def log_length_temperature(lengths: Tensor, s: float | Tensor) -> Tensor:
+    """Scalable-Softmax (Nakanishi 2025): softmax(s · log n · z) is a temperature of 1 / (s · log n).
+
+    lengths (B,), s a number, () or (H,) → (B, 1, 1, 1) or (B, H, 1, 1), float32, differentiable in s. A sequence of
+    less than two tokens gets that of two: over a single key every temperature gives the same.
+    """
+    log_n = torch.log(lengths.clamp(min=2).float())[:, None, None, None]
+    return 1 / (log_n * (s.float().reshape(-1, 1, 1) if isinstance(s, Tensor) else s))
+
+
+def relative_bias_from_buckets(
+    table: Tensor, num_buckets: int, max_distance: int, bidirectional: bool = True
+) -> Tensor:
+    """The relative_bias (H, 2 · max_distance + 1) of a T5 or MPNet table (num_buckets, H), differentiable in it.
+
+    Half of the buckets are single distances, the others grow by logarithm up to max_distance (Raffel 2020).
+    """
+    if table.ndim != 2 or table.shape[0] != num_buckets:
+        raise ValueError(f"table must have shape ({num_buckets}, H), got {_shape(table)}")
+    distance = torch.arange(-max_distance, max_distance + 1, device=table.device)  # j - p
+    side = num_buckets // 2 if bidirectional else num_buckets
+    steps = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    single = side // 2
+    growth = torch.log(steps.clamp(min=1).float() / single) / math.log(max_distance / single) * (side - single)
+    bucket = torch.where(steps < single, steps, (single + growth.long()).clamp(max=side - 1))
+    if bidirectional:
+        bucket = bucket + side * (distance > 0)
+    return table[bucket].T
