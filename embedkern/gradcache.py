@@ -71,7 +71,9 @@ class GradCache:
     Raises:
         TypeError, ValueError: an argument or a model input that is none of the above.
         ImportError: ``show_progress`` without tqdm.
-        NotImplementedError: a second derivative through the loss, or ``torch.autograd.grad`` on it.
+        NotImplementedError: a second derivative through the loss; ``torch.autograd.grad`` on it, for model inputs (for
+            parameters torch finds no path: only the replay reaches them); FSDP on several ranks with ``chunk_tokens``
+            or ``memory_budget``, by which ranks would run different numbers of chunks.
     """
 
     def __init__(
@@ -249,7 +251,7 @@ class _Step:
             size = sum(t.numel() for t in tensors(inputs))
             tried = self.trainable[chunk.tower] and chunk.keep and rate[chunk.tower] * size < meter.room
             if mode is not tried:
-                torch.clear_autocast_cache()  # weights cast without a graph would get no gradients (pytorch#48049)
+                torch.clear_autocast_cache()  # older torch serves weights cast under no_grad (pytorch#158232)
                 mode = tried
             with torch.set_grad_enabled(tried), _no_sync(self.points[chunk.tower]):
                 if tried:

@@ -104,15 +104,17 @@ def accelerators(used: Iterable[Tensor]) -> list[torch.device]:
 
 def get_rng(devices: Iterable[torch.device]) -> RngState:
     state = [(torch.device("cpu"), torch.get_rng_state())]
-    return state + [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
+    return state + [(d, torch.get_device_module(d).get_rng_state(*_which(d))) for d in devices]
 
 
 def set_rng(state: RngState) -> None:
     for device, value in state:
-        if device.type == "cpu":
-            torch.set_rng_state(value)
-        else:
-            torch.get_device_module(device).set_rng_state(value, device)
+        module = torch if device.type == "cpu" else torch.get_device_module(device)
+        module.set_rng_state(value, *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type in ("cpu", "mps") else (device,)  # there is one generator: no argument
 
 
 @contextmanager

@@ -231,6 +231,17 @@ def test_comparison(dictionary: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "times as fast" in capsys.readouterr().out
 
 
+def test_comparison_that_dies_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="ended early, with status 1"):
+        train.train_peer(tmp_path, train.Settings(), 1)  # a folder without WordNet
+
+
+def test_arguments_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--steps", "0"])
+    assert "0 is not 1 or more" in capsys.readouterr().err
+
+
 def test_signals_wait_for_the_end_of_a_block() -> None:
     reached = []
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections import UserDict
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from embedkern.gradcache import GradCache, cached, cat_input_tensor, gather_input_tensor
+from embedkern.gradcache_functional import get_rng, set_rng
 
 
 class Encoder(nn.Module):
@@ -221,9 +224,9 @@ def test_input_types(kind: str) -> None:
     model, x, scale = Mlp(dropout=0.0), rows(7), torch.rand(7, 1, dtype=torch.float64)
     model(x, scale).cos().sum().backward()
     want = gradients(model)
-    split, call = None, model
+    split, tower = None, model
     if kind == "nested":
-        call = lambda inputs, scale: model(inputs["x"][0], scale)  # noqa: E731  any callable is a tower
+        tower = lambda inputs, scale: model(inputs["x"][0], scale)  # noqa: E731  any callable is a tower
     if kind == "split_input_fn":
         split = lambda given, size: [[t[i : i + size] for t in given] for i in range(0, 7, size)]  # noqa: E731
     given = {
@@ -236,7 +239,7 @@ def test_input_types(kind: str) -> None:
     }[kind]
     if kind == "split_input_fn":
         given = [x, scale]
-    GradCache([call], [3], lambda rep: rep.cos().sum(), split).cache_step(given)
+    GradCache([tower], [3], lambda rep: rep.cos().sum(), split).cache_step(given)
     assert_same(gradients(model), want)
 
 
@@ -273,12 +276,13 @@ def test_inputs_and_loss_parameters_get_gradients() -> None:
 
 def test_backward_twice_and_unused_towers() -> None:
     model, other = Mlp(), Mlp()
+    x = rows(5).requires_grad_()
     cache = GradCache([model, other], 2, lambda a, b: a.sin().sum(), memory_budget=float("inf"))
-    loss = cache(rows(5), rows(5))
+    loss = cache(x, rows(5))
     loss.backward(retain_graph=True)
-    first = gradients(model)
+    first, x.grad = [*gradients(model), x.grad], None
     loss.backward()  # the graphs kept are gone: replayed
-    assert_same(gradients(model), first)
+    assert_same([*gradients(model), x.grad], first)
     assert all(p.grad is None for p in other.parameters())
 
 
@@ -305,7 +309,7 @@ def test_autocast(inside: bool, budget: float) -> None:
     model, x = Mlp(torch.float32), rows(9, dtype=torch.float32)
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
-    call = torch.autocast("cpu", torch.bfloat16)(model.forward) if inside else model
+    tower = torch.autocast("cpu", torch.bfloat16)(model.forward) if inside else model
 
     def step(reps: Callable[[Tensor], Tensor]) -> Tensor:
         torch.manual_seed(1)
@@ -314,9 +318,9 @@ def test_autocast(inside: bool, budget: float) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return reps(x)
 
-    step(lambda x: torch.cat([call(part) for part in x.split(2)]).float().sin().sum()).backward()
+    step(lambda x: torch.cat([tower(part) for part in x.split(2)]).float().sin().sum()).backward()
     want = gradients(model)
-    cache = GradCache([call], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
+    cache = GradCache([tower], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
     step(cache).backward()  # outside autocast, as usual
     assert_same(gradients(model), want, 3e-2)  # one_graph adds the weights' gradients in bfloat16, the cache in float32
     assert set(seen) <= {torch.bfloat16}
@@ -331,6 +335,22 @@ def test_autocast_replays_the_same_numbers() -> None:
     loss.backward()
     assert outs[0].dtype == torch.bfloat16
     assert all(torch.equal(first, again) for first, again in zip(outs[:2], outs[2:], strict=True))
+
+
+@pytest.mark.parametrize("budget", [0, 1_500, float("inf")])
+def test_a_whole_step_under_autocast(budget: float) -> None:
+    # Weights that autocast cast and cached without a graph, in the first run, must not serve the replay.
+    model, x = Mlp(torch.float32), rows(9, dtype=torch.float32)
+    cache = GradCache([model], 2, lambda rep: rep.float().sin().sum(), memory_budget=budget)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cache(x)
+    loss.backward()
+    want = gradients(model)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.cache_step(x)
+    assert_same(gradients(model), want, 1e-6)
 
 
 @pytest.mark.parametrize("how", ["fp16", "backward"])
@@ -354,7 +374,7 @@ def test_grad_scaler(how: str) -> None:
     torch.testing.assert_close(got_loss.detach(), want_loss.detach(), rtol=1e-3, atol=1e-6)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     scaler.unscale_(optimizer)
-    assert_same([p.grad for p in model.parameters()], [w / 2.0**10 for w in want], 1e-6 if how == "" else 2e-3)
+    assert_same([p.grad for p in model.parameters()], [w / 2.0**10 for w in want], 2e-3)
     scaler.step(optimizer)
     scaler.update()
 
@@ -396,7 +416,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("budget", [0, 40_000, 80_000, 120_000, 160_000, 10**9])
+@pytest.mark.parametrize("budget", [0, 12_000, 40_000, 80_000, 120_000, 160_000, 10**9])
 def test_budget_holds(budget: int) -> None:
     model, x = Encoder(), texts([9] * 8 + [8, 7, 6, 5] * 2)
     graph, live, held = LiveBytes(), LiveBytes(), []
@@ -416,9 +436,10 @@ def test_budget_holds(budget: int) -> None:
     reps, passing = 6_000, 14_000  # bytes: the representations, and a run's own without a graph
     assert after <= budget + reps
     assert peak <= budget + reps + passing
+    assert budget != 12_000 or peak < graph.peak
     assert live.peak <= max(budget, graph.peak) + reps + 5_000  # gradients of the parameters
-    if budget in (0, 10**9):
-        assert kept == (8 if budget else 0)
+    if budget in (0, 12_000, 10**9):  # 12_000: every chunk tried exceeds it, and is dropped while it runs
+        assert kept == (8 if budget == 10**9 else 0)
     else:
         assert 0 < kept < 8
         assert after >= budget - graph.peak  # what fits is kept
@@ -471,6 +492,19 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="tqdm"):
         GradCache([Mlp()], 2, lambda rep: rep.sum(), show_progress=True)
+
+
+def test_generators_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a device: the calls must fit torch.cuda's signatures and name the device.
+    devices, states = [torch.device("cuda", 0), torch.device("cuda", 3)], [torch.tensor([1]), torch.tensor([2])]
+    module = Mock(spec=torch.cuda)
+    module.get_rng_state = create_autospec(torch.cuda.get_rng_state, side_effect=states)
+    module.set_rng_state = create_autospec(torch.cuda.set_rng_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    state = get_rng(devices)
+    set_rng(state)
+    assert [d.type for d, _ in state] == ["cpu", "cuda", "cuda"]
+    assert module.set_rng_state.call_args_list == [call(s, d) for s, d in zip(states, devices, strict=True)]
 
 
 # ---- bad input
@@ -580,12 +614,12 @@ def _step_of_rank(rank: int, world: int, kind: str, budget: float, steps: int) -
         fully_shard(tower.layer)
         fully_shard(tower)
         fully_shard(other)
-    # By tokens, the ranks have different numbers of chunks; FSDP can't have that.
-    tokens = 9 if kind == "ddp" else None
+    # One rank has a chunk a tower, the other several; FSDP can't have that.
+    tokens = None if kind == "fsdp" else (100, 9)[rank]
     everywhere = gather_input_tensor(loss)
     cache = GradCache(
         [tower, other, tower],
-        2,
+        2 if kind == "fsdp" else 4,
         lambda a, c, b: everywhere(a, b, c) * world,
         get_rep_fn=lambda out: out if isinstance(out, Tensor) else pooled(out),
         chunk_tokens=tokens,
@@ -609,7 +643,8 @@ def _step_of_rank(rank: int, world: int, kind: str, budget: float, steps: int) -
 
 def _rank(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    limit = timedelta(seconds=60)  # ranks that disagree wait for each other
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     try:
         _step_of_rank(rank, world, "ddp", 0, steps=1)
         _step_of_rank(rank, world, "ddp", 60_000, steps=3)  # DDP regroups its buckets in the second

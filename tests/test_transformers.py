@@ -5,6 +5,7 @@ import inspect
 import pickle
 import warnings
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -436,7 +437,7 @@ def test_variants_that_the_op_lacks_raise():
     model = tiny("Bert", implementation="embedkern")
     layer = model.encoder.layer[0].attention.self
     x = torch.randn(1, 4, 3, 8, dtype=torch.float64)
-    for name in ("position_bias", "s_aux", "cache"):
+    for name in (*ekt.VARIANTS, "sliding_window"):
         with pytest.raises(NotImplementedError, match=name):
             ekt.attention_forward(layer, x, x, x, None, **{name: x})
     with pytest.raises(ValueError, match="cu_seq_lens_k"):
@@ -514,6 +515,10 @@ def test_wrapped_after_patching():
     assert tokens_computed(model, inputs) == (4, 9)
     del model.forward
     patch(model)
+    model.forward = MethodType(model.forward, model)  # accelerate's unwrap_model
+    assert tokens_computed(model, inputs) == (1, sum(LENGTHS))
+    unpatch(model)
+    assert "forward" not in vars(model)
 
 
 def test_patching_twice_and_unpatching_twice():

@@ -162,6 +162,12 @@ struct Attention : AttentionParams {
     return floats;
   }
 
+  // Heads that one task takes, so that it can fetch the next one's rows early: as many as leave each thread its share.
+  int64_t heads_at_once(int64_t items) const {
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    return std::max<int64_t>(1, std::min(kv_heads, kv_heads * items / (16 * threads)));
+  }
+
   int64_t work() const {
     int64_t products = 0;
     for (const AttentionSequence& s : sequences) products += (s.visible + 1) * s.q_length * heads * (dim + dim_v);
@@ -193,9 +199,11 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
     for (int64_t i = 0; i * ek::attention_chunk < p.rows(s); i++) chunks.push_back({&s, i});
   }
   const ek::AttentionKernels& kernels = ek::variant().attention;
-  ek::for_tasks(int64_t(chunks.size()) * p.kv_heads, p.work(), p.scratch(false), [&](int64_t i, float* scratch) {
-    const Chunk& chunk = chunks[size_t(i / p.kv_heads)];
-    kernels.forward(p, *chunk.s, i % p.kv_heads, chunk.index, scratch);
+  const int64_t items = int64_t(chunks.size()), heads = p.heads_at_once(items), parts = (p.kv_heads + heads - 1) / heads;
+  ek::for_tasks(items * parts, p.work(), p.scratch(false), [&](int64_t i, float* scratch) {
+    const Chunk& chunk = chunks[size_t(i / parts)];
+    const int64_t first = i % parts * heads;
+    kernels.forward(p, *chunk.s, chunk.index, first, std::min(first + heads, p.kv_heads), scratch);
   });
   return {out, lse};
 }
@@ -232,9 +240,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Option
   if (need_scale) p.d_scale = strided_rows(d_scale);
 
   const ek::AttentionKernels& kernels = ek::variant().attention;
-  const int64_t tasks = int64_t(p.sequences.size()) * p.kv_heads;
-  ek::for_tasks(tasks, p.work() * 3, p.scratch(true), [&](int64_t i, float* scratch) {
-    kernels.backward(p, p.sequences[size_t(i / p.kv_heads)], i % p.kv_heads, scratch);
+  const int64_t items = int64_t(p.sequences.size());
+  const int64_t heads = p.heads_at_once(items), parts = (p.kv_heads + heads - 1) / heads;
+  ek::for_tasks(items * parts, p.work() * 3, p.scratch(true), [&](int64_t i, float* scratch) {
+    const int64_t first = i % parts * heads;
+    kernels.backward(p, p.sequences[size_t(i / parts)], first, std::min(first + heads, p.kv_heads), scratch);
   });
   if (need_temperature) d_temperature = reduce_rows(d_temperature, *temperature);
   if (need_scale) d_scale = reduce_rows(d_scale, *scale);

@@ -30,6 +30,34 @@ EK_INLINE T* key_row(const Strided& x, const AttentionSequence& s, int64_t kv_he
   return static_cast<T*>(x.data) + s.b * x.stride_b + kv_head * x.stride_h + t * x.stride_t;
 }
 
+// Rows that the next head will read or write. In (B, L, H, D) they are far apart and no hardware prefetcher finds them;
+// fetched one at a time between computations they cost nothing (forward + backward at L = 32: 73 ms without).
+struct Ahead {
+  struct Rows {
+    const char* row;
+    int64_t bytes, stride, left;
+  };
+  Rows pending[8];
+  int count = 0, at = 0;
+
+  template <class T>
+  void add(const Strided& x, const AttentionSequence& s, int64_t h, int64_t t, int64_t rows, int64_t dim) {
+    const int64_t size = sizeof(T);
+    if (!x.data || rows == 0) return;
+    const T* first = static_cast<const T*>(x.data) + s.b * x.stride_b + h * x.stride_h + t * x.stride_t;
+    pending[count++] = {reinterpret_cast<const char*>(first), dim * size, x.stride_t * size, rows};
+  }
+  EK_INLINE void step() {
+    if (at == count) return;
+    Rows& next = pending[at];
+    for (int64_t i = 0; i < next.bytes; i += 64) __builtin_prefetch(next.row + i);
+    next.row += next.stride;
+    if (--next.left == 0) at++;
+  }
+};
+
+constexpr int64_t ahead_limit = 256;  // keys; with more of them the products hide the waiting
+
 struct Scratch {
   float* free;
   float* take(int64_t floats) {
@@ -43,11 +71,12 @@ struct Scratch {
 // zeros up to a multiple of W); either may be null.
 template <class T>
 void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim, float* plain, float* transposed,
-            int64_t ld) {
+            int64_t ld, Ahead& ahead) {
   const int64_t n = s.visible, dim_padded = round_up(dim, W);
   for (int64_t j = 0; j < n; j += W) {
     const T* rows[W];
     for (int i = 0; i < W; i++) rows[i] = key_row<T>(x, s, kv_head, least(j + i, n - 1));
+    for (int i = 0; i < W; i++) ahead.step();
     for (int64_t c = 0; c < dim; c += W) {
       Vec tile[W];
 #pragma GCC unroll 16
@@ -63,32 +92,37 @@ void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64
 
 // m rows of x from `row` on, each times its factor.
 template <class T>
-void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float* factor, float* to) {
+void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float* factor, float* to, Ahead& ahead) {
   const int64_t ld = round_up(dim, W);
   for (int64_t i = 0; i < m; i++, row.next()) {
     const T* from = row.in<T>(x);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) store(to + i * ld + c, load_at(from, c, dim) * factor[i]);
   }
 }
 
 // x's rows, each times its factor, to m rows from `row` on.
 template <class T>
-void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const float* factor, const float* x) {
+void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const float* factor, const float* x,
+                  Ahead& ahead) {
   const int64_t ld = round_up(dim, W);
   for (int64_t i = 0; i < m; i++, row.next()) {
     T* out = row.in<T>(to);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) store_at(out, c, dim, load(x + i * ld + c) * factor[i]);
   }
 }
 
 // Gradients of the visible keys to their places, zeros to the hidden ones.
 template <class T>
-void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head, int64_t dim, const float* x) {
+void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head, int64_t dim, const float* x,
+                  Ahead& ahead) {
   const AttentionSequence all = {s.b, 0, 0, s.k_start, s.k_length, s.k_length, 0, nullptr};
   int64_t j = 0;
   for (int64_t t = 0; t < s.k_length; t++) {
     const bool visible = j < s.visible && t == (s.key ? s.key[j] : s.k_first + j);
     T* out = key_row<T>(to, all, kv_head, t);
+    ahead.step();
     for (int64_t c = 0; c < dim; c += W) {
       store_at(out, c, dim, visible ? load(x + j * round_up(dim, W) + c) : Vec{});
     }
@@ -119,9 +153,27 @@ EK_INLINE Vec across(Vec* partial, const Combine& combine) {
 constexpr auto add = [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; };
 constexpr auto maximum = [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); };
 
+// 2^t for t <= 0; exactly 0 below -126.5, NaN for NaN. With t = n + f, |f| <= ½, a polynomial for 2^f (its relative
+// error is at most 2e-9) and 2^n from the bits of the sum that rounds t, exponent bias included. Where exp(x) needs ln
+// 2 in two parts, 1 / ln 2 is in t already: 17 instructions a vector of scores with maximum, sum, load and store left
+// out, not 28.
+EK_INLINE Vec power_of_2(Vec t) {
+  t = larger(splat(-127.0f), t);  // this way round NaN stays NaN
+  const Vec shifted = t + (0x1.8p23f + 127);
+  const Vec f = t - (shifted - (0x1.8p23f + 127));
+  Vec y = 1.5345810970757e-4f * f + 1.3399930903688e-3f;
+  y = y * f + 9.6184890717268e-3f;
+  y = y * f + 5.5503286421299e-2f;
+  y = y * f + 2.4022646248341e-1f;
+  y = y * f + 6.9314718246460e-1f;
+  y = y * f + 1.0f;
+  return y * (Vec)((UVec)shifted << 23);
+}
+
 // z (m, n) → exp((z - top) / temperature) in place; top: each row's maximum, sum: of its exponentials. The maximum goes
 // before the division by temperature, which may overflow.
-void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inverse, float* top, float* sum) {
+void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inverse, float* top, float* sum,
+                  Ahead& ahead) {
   const int64_t whole = n / W * W;
   IVec tail;
   for (int lane = 0; lane < W; lane++) tail[lane] = lane < n - whole ? -1 : 0;
@@ -131,21 +183,36 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inver
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
       if (whole < n) store(row + whole, select(tail, load(row + whole), splat(-__builtin_inff())));
-      Vec largest = load(row);
-      for (int64_t j = W; j < n; j += W) largest = larger(largest, load(row + j));
-      partial[r] = largest;
+      Vec largest = load(row), other = largest;
+      int64_t j = W;
+      for (; j + W < n; j += 2 * W) {
+        largest = larger(largest, load(row + j));
+        other = larger(other, load(row + j + W));
+      }
+      if (j < n) largest = larger(largest, load(row + j));
+      partial[r] = larger(largest, other);
     }
     store(top + i, across(partial, maximum));
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
-      const Vec shift = splat(top[i + r]), factor = splat(inverse[i + r]);
-      Vec total{};
-      for (int64_t j = 0; j < n; j += W) {
-        const Vec e = exp((load(row + j) - shift) * factor);
+      const Vec shift = splat(top[i + r]), factor = splat(inverse[i + r] * 1.44269504f);
+      ahead.step();
+      Vec total{}, other{};
+      int64_t j = 0;
+      for (; j + W < n; j += 2 * W) {  // two at a time: they share the loads of the constants
+        const Vec e = power_of_2((load(row + j) - shift) * factor);
+        const Vec f = power_of_2((load(row + j + W) - shift) * factor);
+        store(row + j, e);
+        store(row + j + W, f);
+        total += e;
+        other += f;
+      }
+      if (j < n) {
+        const Vec e = power_of_2((load(row + j) - shift) * factor);
         store(row + j, e);
         total += e;
       }
-      partial[r] = total;
+      partial[r] = total + other;
     }
     for (int64_t r = rows; r < W; r++) partial[r] = splat(1.0f);
     store(sum + i, across(partial, add));
@@ -170,16 +237,16 @@ struct Block {
 // q = scale · query, scores = exp((q·kᵀ - top) / temperature)
 template <class T>
 void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const float* k_transposed,
-           int64_t ld, const Block& b) {
+           int64_t ld, const Block& b, Ahead& ahead) {
   row_factors(p, row, m, b.scale, b.inverse);
-  gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q);
+  gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q, ahead);
   gemm<false>(m, round_up(s.visible, W), p.dim, b.q, round_up(p.dim, W), 1, k_transposed, ld, b.scores, ld);
-  exponentials(b.scores, ld, m, s.visible, b.inverse, b.top, b.sum);
+  exponentials(b.scores, ld, m, s.visible, b.inverse, b.top, b.sum, ahead);
 }
 
 template <class T>
-void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk,
-                   float* memory) {
+void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, float* memory,
+                   Ahead& ahead) {
   const int64_t all = p.heads / p.kv_heads * s.q_length, end = least(all, (chunk + 1) * attention_chunk);
   const int64_t n = s.visible, ld = attention_stride(n), dim_v = round_up(p.dim_v, W);
   if (n == 0) {
@@ -195,48 +262,75 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   float *k_transposed = scratch.take(p.dim * ld), *v = scratch.take(n * dim_v);
   float* out = scratch.take(block * dim_v);
   const Block b(scratch, block, p.dim, ld);
-  gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld);
-  gather<T>(p.value, s, kv_head, p.dim_v, v, nullptr, 0);
+  gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld, ahead);
+  gather<T>(p.value, s, kv_head, p.dim_v, v, nullptr, 0, ahead);
   for (int64_t start = chunk * attention_chunk; start < end; start += block) {
     const int64_t m = least(block, end - start);
     Row row(p, s, kv_head, start);
-    weigh<T>(p, s, row, m, k_transposed, ld, b);
+    weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
     gemm<false>(m, dim_v, n, b.scores, ld, 1, v, dim_v, out, dim_v);
     for (int64_t i = 0; i < m; i += W) {
       const Vec sum = load(b.sum + i);
       store(b.factor + i, 1 / sum);
       store(b.top + i, load(b.top + i) * load(b.inverse + i) + log(sum));
     }
-    scatter_rows<T>(p.out, row, m, p.dim_v, b.factor, out);
+    scatter_rows<T>(p.out, row, m, p.dim_v, b.factor, out, ahead);
     for (int64_t i = 0; i < m; i++, row.next()) *row.in<float>(p.lse) = b.top[i];
   }
 }
 
 // With e the exponentials, r their row sums, P = e / r:  dP = d_out · vᵀ,  delta = Σ P dP,  dU = P (dP - delta +
 // d_lse), d_v = Pᵀ · d_out,  d_q = scale / temperature · dU · k,  d_k = dUᵀ · q scale / temperature. r divides the thin
-// d_out: `pd` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r).
-void softmax_backward(const float* e, float* pd, int64_t ld, int64_t m, int64_t n, const float* d_lse,
-                      const float* factor) {
+// d_out: `d` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r). excess: Σ dU - d_lse, 0 but for
+// rounding.
+template <bool with_excess>
+void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n, const float* d_lse,
+                      const float* factor, float* excess, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
     Vec partial[W] = {};
     for (int64_t r = 0; r < rows; r++) {
+      ahead.step();
       const int64_t row = (i + r) * ld;
       Vec total{};
-      for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(pd + row + j);
+      for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(d + row + j);
       partial[r] = total;
     }
     float shift[W];
     store(shift, (load(d_lse + i) - across(partial, add)) * load(factor + i));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = (i + r) * ld;
-      for (int64_t j = 0; j < n; j += W) store(pd + row + j, load(e + row + j) * (load(pd + row + j) + shift[r]));
+      Vec total{};
+      for (int64_t j = 0; j < n; j += W) {
+        const Vec d_u = load(e + row + j) * (load(d + row + j) + shift[r]);
+        store(d + row + j, d_u);
+        if (with_excess) total += d_u;
+      }
+      partial[r] = total;
     }
+    if (with_excess) store(excess + i, across(partial, add) - load(d_lse + i));
+  }
+}
+
+// u = scale · q·k / temperature, so Σ_j dU_ij u_ij = scale / temperature · q · (dU · k) needs no pass over dU. What
+// dU's rounding adds to it, excess · u, is largest at the row's maximum, most of which is taken off.
+template <class T>
+void row_gradients(const AttentionParams& p, Row row, int64_t m, const float* d_q, const Block& b,
+                   const float* excess) {
+  for (int64_t i = 0; i < m; i++, row.next()) {
+    const T* query = row.in<T>(p.query);
+    Vec total{};
+    for (int64_t c = 0; c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d_q + i * round_up(p.dim, W) + c);
+    const float along = sum_lanes(total), scale = b.scale[i], inverse = b.inverse[i];
+    const float d_z = scale * along - excess[i] * b.top[i];  // Σ_j dU_ij z_ij
+    if (p.d_scale.data) *row.in<float>(p.d_scale) = (scale == 0 ? along : d_z / scale) * inverse;
+    if (p.d_temperature.data) *row.in<float>(p.d_temperature) = -d_z * inverse * inverse;
   }
 }
 
 template <class T>
-void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* memory) {
+void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* memory,
+                    Ahead& ahead) {
   const int64_t all = p.heads / p.kv_heads * s.q_length;
   const int64_t n = s.visible, ld = attention_stride(n), n_padded = round_up(n, W);
   const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W);
@@ -249,9 +343,9 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   float *d_k = scratch.take(n * dim), *d_v = scratch.take(n * dim_v);
   const Block b(scratch, block, p.dim, ld);
   float *d_scores = scratch.take(block * ld), *d_out = scratch.take(block * dim_v), *d_q = scratch.take(block * dim);
-  float* d_lse = scratch.take(block + W);
-  gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld);
-  gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld);
+  float *d_lse = scratch.take(block + W), *excess = scratch.take(block + W);
+  gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld, ahead);
+  gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld, ahead);
   for (int64_t i = 0; i < n * dim; i += W) store(d_k + i, Vec{});
   for (int64_t i = 0; i < n * dim_v; i += W) store(d_v + i, Vec{});
 
@@ -260,17 +354,22 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     Row row(p, s, kv_head, start);
     if (n == 0) {
       row_factors(p, row, m, b.scale, b.inverse);
+      for (int64_t i = 0; i < m; i++) b.top[i] = excess[i] = 0;
       for (int64_t i = 0; i < m * dim; i++) d_q[i] = 0;
     } else {
-      weigh<T>(p, s, row, m, k_transposed, ld, b);
+      weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
       for (int64_t i = 0; i < m; i += W) store(b.factor + i, 1 / load(b.sum + i));
-      gather_rows<T>(p.d_out, row, m, p.dim_v, b.factor, d_out);
+      gather_rows<T>(p.d_out, row, m, p.dim_v, b.factor, d_out, ahead);
       if (p.d_value.data) gemm<true>(n, dim_v, m, b.scores, 1, ld, d_out, dim_v, d_v, dim_v);
       if (!scores_wanted) continue;
       gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
       Row r = row;
       for (int64_t i = 0; i < m; i++, r.next()) d_lse[i] = p.d_lse.data ? *r.in<float>(p.d_lse) : 0;
-      softmax_backward(b.scores, d_scores, ld, m, n, d_lse, b.factor);
+      if (rows_wanted) {
+        softmax_backward<true>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+      } else {
+        softmax_backward<false>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+      }
       if (p.d_query.data || rows_wanted) gemm<false>(m, dim, n, d_scores, ld, 1, k, dim, d_q, dim);
       if (p.d_key.data) {
         for (int64_t i = 0; i < m; i++) {
@@ -279,21 +378,12 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
         gemm<true>(n, dim, m, d_scores, 1, ld, b.q, dim, d_k, dim);
       }
     }
-    // u = scale · q·k / temperature, so that Σ_j dU_ij u_ij = scale / temperature · q · (dU · k): no pass over dU.
-    Row r = row;
-    for (int64_t i = 0; rows_wanted && i < m; i++, r.next()) {
-      const T* query = r.in<T>(p.query);
-      Vec total{};
-      for (int64_t c = 0; n > 0 && c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d_q + i * dim + c);
-      const float along = sum_lanes(total) * b.inverse[i];
-      if (p.d_scale.data) *r.in<float>(p.d_scale) = along;
-      if (p.d_temperature.data) *r.in<float>(p.d_temperature) = -along * b.scale[i] * b.inverse[i];
-    }
+    if (rows_wanted) row_gradients<T>(p, row, m, d_q, b, excess);
     for (int64_t i = 0; i < m; i++) b.factor[i] = b.scale[i] * b.inverse[i];
-    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q);
+    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q, ahead);
   }
-  if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, d_k);
-  if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v);
+  if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, d_k, ahead);
+  if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v, ahead);
 }
 
 #define BY_DTYPE(p, call) \
@@ -312,11 +402,51 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }                     \
   }
 
-void forward(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, float* scratch) {
-  BY_DTYPE(p, forward_typed<T>(p, s, kv_head, chunk, scratch))
+// What both passes read of a head.
+template <class T>
+Ahead inputs_of(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head) {
+  Ahead ahead;
+  ahead.add<T>(p.key, s, kv_head, s.k_start + s.k_first, s.visible, p.dim);
+  ahead.add<T>(p.value, s, kv_head, s.k_start + s.k_first, s.visible, p.dim_v);
+  ahead.add<T>(p.query, s, kv_head * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim);
+  return ahead;
 }
-void backward(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, float* scratch) {
-  BY_DTYPE(p, backward_typed<T>(p, s, kv_head, scratch))
+
+template <class T>
+void forward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
+                   float* scratch) {
+  for (int64_t h = first; h < end; h++) {
+    Ahead ahead;
+    if (h + 1 < end && s.visible <= ahead_limit) {
+      ahead = inputs_of<T>(p, s, h + 1);
+      ahead.add<T>(p.out, s, (h + 1) * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim_v);
+    }
+    forward_typed<T>(p, s, h, chunk, scratch, ahead);
+  }
+}
+
+template <class T>
+void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
+  for (int64_t h = first; h < end; h++) {
+    Ahead ahead;
+    if (h + 1 < end && s.visible <= ahead_limit) {
+      const int64_t head = (h + 1) * (p.heads / p.kv_heads), key = s.k_start + s.k_first;
+      ahead = inputs_of<T>(p, s, h + 1);
+      ahead.add<T>(p.d_out, s, head, s.q_start, s.q_length, p.dim_v);
+      ahead.add<T>(p.d_query, s, head, s.q_start, s.q_length, p.dim);
+      ahead.add<T>(p.d_key, s, h + 1, key, s.visible, p.dim);
+      ahead.add<T>(p.d_value, s, h + 1, key, s.visible, p.dim_v);
+    }
+    backward_typed<T>(p, s, h, scratch, ahead);
+  }
+}
+
+void forward(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
+             float* scratch) {
+  BY_DTYPE(p, forward_heads<T>(p, s, chunk, first, end, scratch))
+}
+void backward(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
+  BY_DTYPE(p, backward_heads<T>(p, s, first, end, scratch))
 }
 
 }  // namespace

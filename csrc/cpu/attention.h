@@ -20,13 +20,14 @@ static inline int64_t attention_block(int64_t keys, int64_t rows) {
 static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t keys, int64_t rows, bool backward) {
   const int64_t stride = attention_stride(keys), block = attention_block(keys, rows) + 16;
   const int64_t dims = p.dim + p.dim_v + 32;
-  return dims * (stride + block) + block * (stride + 8) +  // forward
+  return dims * (stride + block) + block * (stride + 16) +  // forward
          (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
 }
 
-struct AttentionKernels {
-  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t kv_head, int64_t chunk, float* scratch);
-  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t kv_head, float* scratch);
+struct AttentionKernels {  // of the key/value heads [first, end)
+  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t chunk, int64_t first, int64_t end,
+                  float* scratch);
+  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t first, int64_t end, float* scratch);
 };
 
 }  // namespace ek

@@ -7,11 +7,7 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MR = 12, NV = 2;  // 24 of 32 registers accumulate
-#else
-constexpr int MR = 6, NV = 2;  // 12 of 16
-#endif
+constexpr int MR = W == 16 ? 12 : 6, NV = 2;  // 24 of AVX-512's 32 registers accumulate, 12 of AVX2's and SSE's 16
 constexpr int NR = NV * W;
 
 template <int mr, int nv, bool add>
@@ -21,7 +17,7 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j++) sums[i][j] = add ? load(c + i * ldc + j * W) : Vec{};
+    for (int j = 0; j < nv; j++) sums[i][j] = Vec{};
   for (int64_t l = 0; l < k; l++) {
     Vec row[nv];
 #pragma GCC unroll 4
@@ -36,7 +32,10 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < nv; j++) store(c + i * ldc + j * W, sums[i][j]);
+    for (int j = 0; j < nv; j++) {
+      float* at = c + i * ldc + j * W;
+      store(at, add ? load(at) + sums[i][j] : sums[i][j]);  // added last: a sum over blocks of k rounds less
+    }
 }
 
 // The rows that remain below whole tiles: mr counts down to the m that is left.
@@ -52,11 +51,17 @@ EK_INLINE void gemm_rows(int64_t m, int64_t k, const float* a, int64_t a_row, in
 template <int nv, bool add>
 void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
                   float* c, int64_t ldc) {
+  // A tile of few rows waits for its own sums and takes as long as a whole one: 8 = 4 + 4 rows, not 6 + 2.
+  const int64_t rest = m % MR, whole = m - rest - (m > MR && rest > 0 && rest <= MR / 3 ? MR : 0);
   int64_t i = 0;
-  for (; i + MR <= m; i += MR) {
+  for (; i < whole; i += MR) {
     gemm_tile<MR, nv, add>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
   }
-  gemm_rows<MR - 1, nv, add>(m - i, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+  while (i < m) {
+    const int64_t rows = m - i < MR ? m - i : (m - i + 1) / 2;
+    gemm_rows<MR - 1, nv, add>(rows, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc);
+    i += rows;
+  }
 }
 
 template <bool add>

