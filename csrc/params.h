@@ -26,7 +26,7 @@ struct PoolParams {
   const void* hidden;
   int64_t stride_b, stride_t;
   PoolSegment* segment;  // (segments); on a GPU the first kernel fills it
-  const bool* mask;            // (rows / length, length), rows mask_stride apart; null: every row is visible
+  const bool* mask;      // (rows / length, length), rows mask_stride apart; null: every row is visible
   int64_t mask_stride;
   bool normalize;
   float eps;

@@ -11,8 +11,6 @@ from ..schema import OPS
 schema.check_kernels(_native.kernels())
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 HAS_CUDA = _native.has_cuda  # read once: a call into pybind11 doesn't trace
 POOL_MODES_LIMIT = 32  # csrc/cuda/pooling.h
 
@@ -68,7 +66,7 @@ def _float64_beside(call: Call) -> bool:
 INFONCE = Backend(
     "cpu",
     (
-        *_on_cpu("queries"),
+        *_on("cpu", "queries"),
         Rule(_float64_beside, "one of documents, negatives, positives is float64"),
         Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
         Rule(
