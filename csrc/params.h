@@ -69,4 +69,46 @@ struct AttentionParams {
   Strided d_temperature, d_scale;             // float, one for each row
 };
 
+// Vectors (rows, dim) of one of InfoNCE's inputs; data is null where there is none.
+struct InfoNCEVectors {
+  const void* data;
+  DType dtype;
+  int64_t stride;  // between rows
+};
+
+// loss[i] = log Σ_j exp z_ij - z_i,targets[i], z_ij = sim(q_i, d_j) / τ_i, and the gradients of Σ_i d_loss[i] ·
+// loss[i]. Queries are taken panel by panel: between `rows` and `d_documents` stand one panel's exponentials.
+struct InfoNCEParams {
+  int64_t n, m, k, dim;  // queries, documents, negatives of each query
+  bool cosine;
+  InfoNCEVectors queries, documents, positives;
+  InfoNCEVectors negatives;  // (n, k, dim), queries negatives_stride apart
+  int64_t negatives_stride;
+  const int64_t* targets;          // (n), each in [0, m)
+  const float* temperature;        // (n), temperature_stride apart
+  int64_t temperature_stride;      // 0 or 1
+  const int64_t* query_labels;     // (n); null: no labels
+  const int64_t* document_labels;  // (m)
+  const float* d_loss;             // (n); null without any gradient
+  float* loss;                     // (n)
+  // Gradients, null where they aren't wanted, contiguous.
+  float* d_queries;      // (n, dim)
+  float* d_documents;    // (m, padded_dim)
+  float* d_negatives;    // (n, k, dim)
+  float* d_positives;    // (n, dim)
+  float* d_temperature;  // (n), of each row's own τ
+  // Scratch of the whole call. `stride` is between rows of unit vectors.
+  int64_t padded_dim, stride;
+  float* unit_documents;  // (m, stride): d̂
+  float* document_norm;   // (m)
+  // Scratch of a panel: queries panel_begin to panel_end. Groups of infonce_rows of them stand together.
+  int64_t panel_begin, panel_end;
+  float* unit_queries;    // (panel, stride): q̂ / τ
+  float* exponentials;    // (groups, m, infonce_rows): exp(z - block_max), 0 for the positive; null without d_documents
+  float* block_max;       // (groups, blocks of m, infonce_rows)
+  float* row_max;         // (panel)
+  float* row_scale;       // (panel): d_loss / Σ_j exp(z_ij - row_max)
+  float* positive_scale;  // (panel): the derivative by the positive's z
+};
+
 }  // namespace ek

@@ -93,6 +93,37 @@ _ATTENTION_OPTIONS = (
     "float temperature_number, Tensor? scale, float scale_number"
 )
 
+
+def _info_nce(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor | None,
+    positives: Tensor | None,
+    targets: Tensor | None,
+    temperature: Tensor,
+    query_labels: Tensor | None,
+    document_labels: Tensor | None,
+    cosine: bool,
+    d_loss: Tensor | None,
+    d_queries: bool,
+    d_documents: bool,
+    d_negatives: bool,
+    d_positives: bool,
+    d_temperature: bool,
+) -> tuple[Tensor, ...]:
+    n, dim = queries.shape
+    k = 0 if negatives is None else negatives.shape[1]
+    wanted = (
+        (True, (n,)),
+        (d_queries, (n, dim)),
+        (d_documents, (documents.shape[0], (dim + 15) // 16 * 16)),
+        (d_negatives, (n, k, dim)),
+        (d_positives, (n, dim)),
+        (d_temperature, (n,)),
+    )
+    return tuple(queries.new_empty(shape if wants else (0,), dtype=torch.float32) for wants, shape in wanted)
+
+
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "pool_forward": (
         "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
@@ -116,6 +147,14 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "bool need_key, bool need_value, bool need_temperature, bool need_scale) -> "
         "(Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_temperature, Tensor d_scale)",
         _attention_backward,
+    ),
+    # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
+    "info_nce": (
+        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, Tensor temperature, "
+        "Tensor? query_labels, Tensor? document_labels, bool cosine, Tensor? d_loss, bool d_queries, bool d_documents, "
+        "bool d_negatives, bool d_positives, bool d_temperature) -> (Tensor loss, Tensor d_queries, "
+        "Tensor d_documents, Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
+        _info_nce,
     ),
 }
 

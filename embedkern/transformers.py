@@ -28,6 +28,8 @@ from embedkern.ops.attention import attention, attention_varlen
 __all__ = ["attention_forward", "make_mask", "patch", "patched", "unpatch"]
 
 NAME = "embedkern"
+# What transformers 5.23's models pass to the interface beyond the arguments that `attention_forward` serves.
+VARIANTS = ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices")
 logger = logging.get_logger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
@@ -78,11 +80,12 @@ def attention_forward(
     made: `output_attentions` gets None in their place.
 
     Raises:
-        NotImplementedError: for arguments of other attention variants (`position_bias`, `s_aux`, a paged `cache`), and
-            for causal attention without a mask where 1 < Lq != Lk.
+        NotImplementedError: for arguments of other variants (`position_bias`, `s_aux`, a paged `cache`, …), for
+            a `sliding_window` or causal attention with 1 < Lq != Lk that come without a mask.
         ValueError: packed input with B > 1, with a padding mask, or with keys that cu_seq_lens_k doesn't describe.
     """
-    for name in ("position_bias", "s_aux", "cache"):
+    # sliding_window repeats what the mask says, where there is one.
+    for name in VARIANTS if attention_mask is not None else (*VARIANTS, "sliding_window"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attn_implementation='{NAME}' doesn't take `{name}` ({type(module).__name__})")
     if kwargs.get("output_attentions"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import UserDict
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call, create_autospec
@@ -642,7 +643,8 @@ def _step_of_rank(rank: int, world: int, kind: str, budget: float, steps: int) -
 
 def _rank(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    limit = timedelta(seconds=60)  # ranks that disagree wait for each other
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)
     try:
         _step_of_rank(rank, world, "ddp", 0, steps=1)
         _step_of_rank(rank, world, "ddp", 60_000, steps=3)  # DDP regroups its buckets in the second

@@ -7,11 +7,7 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MR = 12, NV = 2;  // 24 of 32 registers accumulate
-#else
-constexpr int MR = 6, NV = 2;  // 12 of 16
-#endif
+constexpr int MR = W == 16 ? 12 : 6, NV = 2;  // 24 of AVX-512's 32 registers accumulate, 12 of AVX2's and SSE's 16
 constexpr int NR = NV * W;
 
 template <int mr, int nv, bool add>
@@ -37,8 +33,8 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
   for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < nv; j++) {
-      float* to = c + i * ldc + j * W;
-      store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+      float* at = c + i * ldc + j * W;
+      store(at, add ? load(at) + sums[i][j] : sums[i][j]);  // added last: a sum over blocks of k rounds less
     }
 }
 

@@ -14,7 +14,9 @@
 namespace ek::EK_VARIANT {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(EK_LANES)
+constexpr int W = EK_LANES;  // the tests' way to run 16 lanes on any CPU
+#elif defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
@@ -153,7 +155,8 @@ EK_INLINE Vec exp(Vec x) {
   return select(x != x, x, select(underflows, Vec{}, result));
 }
 
-// ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf coefficients).
+// ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf
+// coefficients).
 EK_INLINE Vec log(Vec x) {
   const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;
   const Vec f = (Vec)(bits - (n << 23)) - 1.0f, e = __builtin_convertvector(n, Vec), square = f * f;

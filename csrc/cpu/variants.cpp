@@ -8,10 +8,14 @@ namespace ek {
   namespace variant {                      \
   extern const PoolingKernels pooling;     \
   extern const AttentionKernels attention; \
+  extern const InfoNCEKernels infonce;     \
   }
-#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::attention}
+#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::attention, variant::infonce}
 
 DECLARE(portable)
+#if defined(EK_TESTS)
+DECLARE(wide)
+#endif
 #if defined(__x86_64__)
 DECLARE(avx2)
 DECLARE(avx512)
@@ -30,6 +34,9 @@ static const std::vector<Variant> all = {
     VARIANT(avx2, has_avx2),
 #endif
     VARIANT(portable, true),
+#if defined(EK_TESTS)
+    VARIANT(wide, true),
+#endif
 };
 
 static const Variant& find(const std::string& name) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "infonce.h"
 #include "pooling.h"
 
 namespace ek {
@@ -13,6 +14,7 @@ struct Variant {
   bool supported;  // by this CPU
   const PoolingKernels& pooling;
   const AttentionKernels& attention;
+  const InfoNCEKernels& infonce;
 };
 
 const std::vector<Variant>& variants();       // best first

@@ -35,8 +35,10 @@ def _given(*options: str) -> tuple[Rule, ...]:
     """Options of attention that the kernel hasn't got yet."""
 
     def rule(option: str) -> Rule:
-        return Rule(lambda call: bool(call[option]) if isinstance(call[option], (bool, float)) else call[option] is not None,
-                    f"{option} isn't in the CPU kernel yet")
+        return Rule(
+            lambda call: bool(call[option]) if isinstance(call[option], (bool, float)) else call[option] is not None,
+            f"{option} isn't in the CPU kernel yet",
+        )
 
     return tuple(rule(option) for option in options)
 
@@ -46,3 +48,25 @@ _ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.def
 
 ATTENTION = Backend("cpu", (*_ATTENTION_RULES, *_given("mask", "bias")), *_ATTENTION_OPERATORS)
 ATTENTION_VARLEN = Backend("cpu", _ATTENTION_RULES, *_ATTENTION_OPERATORS)
+
+
+def _float64_beside(call: Call) -> bool:
+    return any(
+        call[name] is not None and call[name].dtype not in DTYPES for name in ("documents", "negatives", "positives")
+    )
+
+
+INFONCE = Backend(
+    "cpu",
+    (
+        *_on_cpu("queries"),
+        Rule(_float64_beside, "one of documents, negatives, positives is float64"),
+        Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
+        Rule(
+            lambda call: call["query_labels"] is not None and call["same_label"] == "positive",
+            "same_label='positive' is not written yet",
+        ),
+        Rule(lambda call: call["return_metrics"], "return_metrics is not written yet"),
+    ),
+    OPS.info_nce.default,
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
@@ -74,12 +75,12 @@ def _ours(
 
 def _theirs(
     attention: str,
-    options: dict[str, int],
+    options: dict[str, Any],
     batch: list[wordnet.Pair],
     settings: train.Settings,
     losses: dict[str, float],
 ) -> Callable[[], object]:
-    model = train.load_encoder()
+    model: Any = train.load_encoder()
     model[0].auto_model.set_attn_implementation(attention)
     loss_function = CachedMultipleNegativesRankingLoss(model, scale=1 / settings.temperature, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..backends import native
 from ..dispatch import Backend
 from ..reference import infonce as reference
 from . import common
 
-BACKENDS = (Backend("reference"),)
+BACKENDS = (native.INFONCE, Backend("reference"))
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -91,7 +93,11 @@ def info_nce(
     chosen = dispatch.select("info_nce", BACKENDS, backend, call)
     if chosen.forward is None:
         return reference.info_nce(**call)
-    return InfoNCEFunction.apply(*arguments, chosen)
+    inputs = (queries, documents, negatives, positives, temperature, weights)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return InfoNCEFunction.apply(*arguments, chosen)
+    row_loss, _ = _run(chosen, call)
+    return reference.reduce(row_loss, weights, reduction)
 
 
 def check(
@@ -266,19 +272,94 @@ class InfoNCEFunction(torch.autograd.Function):
         )  # fmt: skip
         if not isinstance(backend, Backend):
             backend = dispatch.select("info_nce", BACKENDS, backend, call)
-        ctx.backend = backend
-        ctx.call = call
-        return reference.info_nce(**call)
+        ctx.backend, ctx.call = backend, call
+        if backend.forward is None:
+            return reference.info_nce(**call)
+        tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
+        ctx.call = {name: x for name, x in call.items() if name not in tensors}
+        # A scalar's gradients are made now, in three products instead of four; they stay float32 until the upstream
+        # factor arrives, which float16 under a GradScaler needs.
+        d_row_loss = None if reduction == "none" else _d_row_loss(call)
+        row_loss, gradients = _run(backend, call, d_row_loss, () if d_row_loss is None else _needs(ctx))
+        ctx.names = tuple(tensors), tuple(gradients)
+        ctx.save_for_backward(row_loss, *tensors.values(), *gradients.values())
+        return reference.reduce(row_loss, weights, reduction)
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
-        # apply may have been given fewer arguments than there are
-        needs = {name for name, need in zip(ARGUMENTS, ctx.needs_input_grad, strict=False) if need}
-        call = {**ctx.call, "return_metrics": False}
-        needed = [name in needs for name in call]
-        found = common.reference_gradients(reference.info_nce, tuple(call.values()), needed, (d_loss,))
-        gradients = dict(zip(call, found, strict=True))
-        return tuple(gradients.get(name) for name in ARGUMENTS)
+        needs = _needs(ctx)
+        if ctx.backend.forward is None:
+            call = {**ctx.call, "return_metrics": False}
+            found = common.reference_gradients(
+                reference.info_nce, tuple(call.values()), [name in needs for name in call], (d_loss,)
+            )
+            gradients = dict(zip(call, found, strict=True))
+            return tuple(gradients.get(name) for name in ARGUMENTS)
+        row_loss, *saved = ctx.saved_tensors
+        tensor_names, gradient_names = ctx.names
+        tensors = dict(zip(tensor_names, saved, strict=False))
+        call = {**ctx.call, **tensors}
+        factor: Tensor | float
+        if call["reduction"] == "none":
+            weights = tensors.get("weights")
+            d_row_loss = d_loss.float() if weights is None else d_loss.float() * weights.float()
+            made, factor = _run(ctx.backend, call, d_row_loss, needs)[1], 1.0
+        else:
+            made, factor = dict(zip(gradient_names, saved[len(tensor_names) :], strict=True)), d_loss
+        gradients = {name: _as_input(made[name], name, tensors[name], factor) for name in made}
+        if "weights" in needs:
+            d_weights = _d_weights(row_loss, tensors["weights"], call["reduction"]) * d_loss
+            gradients["weights"] = d_weights.to(tensors["weights"].dtype)
+        in_order = [gradients.get(name) for name in ARGUMENTS]
+        return common.first_derivatives("info_nce", *in_order)
 
 
-ARGUMENTS = tuple(InfoNCEFunction.forward.__code__.co_varnames[1 : InfoNCEFunction.forward.__code__.co_argcount])
+ARGUMENTS = tuple(inspect.signature(InfoNCEFunction.forward).parameters)[1:]
+TRACKED = ("queries", "documents", "negatives", "positives", "temperature", "weights")
+
+
+def _needs(ctx: Any) -> tuple[str, ...]:
+    """The inputs that need a gradient; `apply` may have been given fewer arguments than there are."""
+    return tuple(name for name, need in zip(ARGUMENTS, ctx.needs_input_grad, strict=False) if need and name in TRACKED)
+
+
+def _run(
+    backend: Backend, call: dict[str, Any], d_row_loss: Tensor | None = None, needs: Sequence[str] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each row's loss, and the gradients of Σ d_row_loss · row_loss that are needed, in float32."""
+    tau = call["temperature"]
+    tau = tau.float() if isinstance(tau, Tensor) else torch.full((), tau, device=call["queries"].device)
+    names = ("queries", "documents", "negatives", "positives", "temperature")
+    row_loss, *gradients = backend.forward(
+        call["queries"], call["documents"], call.get("negatives"), call.get("positives"), call.get("targets"), tau,
+        call.get("query_labels"), call.get("document_labels"), call["similarity"] == "cosine", d_row_loss,
+        *(name in needs for name in names),
+    )  # fmt: skip
+    return row_loss, {name: d for name, d in zip(names, gradients, strict=True) if name in needs}
+
+
+def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float) -> Tensor:
+    """A gradient as its input wants it: of its shape and dtype."""
+    if name == "temperature" and x.ndim == 0:
+        gradient = gradient.sum()
+    if name == "documents":  # rows are padded
+        gradient = gradient[:, : x.shape[1]]
+    return (gradient * factor).to(x.dtype)
+
+
+def _d_row_loss(call: dict[str, Any]) -> Tensor:
+    """The derivative of "mean" or "sum" by each row's loss."""
+    rows, weights = call["queries"].shape[0], call["weights"]
+    if weights is None:
+        weights = torch.ones(rows, device=call["queries"].device)
+        return weights if call["reduction"] == "sum" else weights / max(rows, 1)
+    weights = weights.float()
+    return weights if call["reduction"] == "sum" else weights / reference.total(weights)
+
+
+def _d_weights(row_loss: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    if reduction != "mean":
+        return row_loss
+    weights = weights.float()
+    loss = reference.reduce(row_loss, weights, "mean")
+    return torch.where(weights.sum() == 0, row_loss, (row_loss - loss) / reference.total(weights))

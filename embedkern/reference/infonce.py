@@ -85,8 +85,13 @@ def reduce(row_loss: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
         return row_loss.sum()
     if weights is None:
         return row_loss.sum() / max(row_loss.shape[0], 1)
-    total = weights.sum()
-    return row_loss.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    return row_loss.sum() / total(weights)
+
+
+def total(weights: Tensor) -> Tensor:
+    """Σ weights, or 1 where that is 0."""
+    sum_ = weights.sum()
+    return torch.where(sum_ == 0, torch.ones_like(sum_), sum_)
 
 
 def _metrics(s: Tensor, z: Tensor, positive: Tensor, visible: Tensor) -> dict[str, Tensor]:
