@@ -23,7 +23,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs(
-    batch: int, heads: int, kv_heads: int, len_q: int, len_k: int, dim: int, dim_v: int, dtype: torch.dtype = torch.float32
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    len_q: int,
+    len_k: int,
+    dim: int,
+    dim_v: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transposed views of (B, L, H, D)."""
     q, k, v = (
@@ -33,7 +40,9 @@ def inputs(
     return q, k, v
 
 
-def packed(tokens_q: int, tokens_k: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Any:
+def packed(
+    tokens_q: int, tokens_k: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32
+) -> Any:
     return (
         torch.randn(tokens_q, heads, dim).to(dtype),
         torch.randn(tokens_k, kv_heads, dim).to(dtype),
@@ -162,7 +171,9 @@ def test_max_seqlens_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("shape", [(0, 2, 2, 3, 4, 8, 8), (2, 2, 2, 0, 4, 8, 8), (2, 2, 1, 3, 0, 8, 16), (2, 2, 1, 0, 0, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 2, 3, 4, 8, 8), (2, 2, 2, 0, 4, 8, 8), (2, 2, 1, 3, 0, 8, 16), (2, 2, 1, 0, 0, 8, 8)]
+)
 def test_nothing(backend: str, shape: tuple[int, ...]) -> None:
     tau = torch.ones(shape[0], shape[1], shape[3], 1)
     results = run(ek.attention, inputs(*shape), backend, None, {"temperature": tau, "scale": torch.ones(())})
@@ -286,7 +297,11 @@ def test_only_needed_gradients(wanted: tuple[int, ...]) -> None:
 def test_same_bits_for_any_number_of_threads() -> None:
     before, results = torch.get_num_threads(), []
     q, k, v = inputs(3, 4, 2, 50, 400, 16, 16)
-    options = {"key_lengths": torch.tensor([400, 3, 160]), "temperature": torch.tensor(0.7), "scale": torch.rand(4, 1, 1)}
+    options = {
+        "key_lengths": torch.tensor([400, 3, 160]),
+        "temperature": torch.tensor(0.7),
+        "scale": torch.rand(4, 1, 1),
+    }
     tokens = packed(900, 900, 2, 2, 8)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -338,13 +353,17 @@ def naive(q: Tensor, k: Tensor, v: Tensor, b: int, h: int, i: int, options: dict
 def test_reference_options(names: tuple[str, ...]) -> None:
     q, k, v = (x.double().requires_grad_() for x in inputs(2, 4, 2, 5, 7, 8, 16))
     options = {name: OPTIONS[name]() for name in names}
-    options = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()}
+    options = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()
+    }
     out = ek.attention(q, k, v, temperature=0.7, **options)
     for b, h, i in itertools.product(range(2), range(4), range(5)):
         torch.testing.assert_close(out[b, h, i], naive(q, k, v, b, h, i, options))
 
 
-@pytest.mark.parametrize("names", [(), ("mask", "bias"), ("causal", "softcap"), ("window", "relative_bias"), tuple(OPTIONS)])
+@pytest.mark.parametrize(
+    "names", [(), ("mask", "bias"), ("causal", "softcap"), ("window", "relative_bias"), tuple(OPTIONS)]
+)
 def test_reference_gradients(names: tuple[str, ...]) -> None:
     q, k, v = (x[:, :, :4].double().requires_grad_() for x in inputs(2, 4, 2, 4, 7, 8, 8))
     options = {name: OPTIONS[name]() for name in names}
@@ -352,7 +371,9 @@ def test_reference_gradients(names: tuple[str, ...]) -> None:
         options["mask"] = options["mask"][:4, :4]
     if "bias" in options:
         options["bias"] = options["bias"][..., :4]
-    tensors = {n: x.double().requires_grad_() for n, x in options.items() if isinstance(x, Tensor) and x.dtype != torch.bool}
+    tensors = {
+        n: x.double().requires_grad_() for n, x in options.items() if isinstance(x, Tensor) and x.dtype != torch.bool
+    }
     rest = {name: x for name, x in options.items() if name not in tensors}
     tau, scale = ((torch.rand(4, 1, 1, dtype=torch.float64) + 0.5).requires_grad_() for _ in range(2))
 
@@ -382,7 +403,9 @@ def test_what_rows_do_not_see_is_harmless() -> None:
         got = ek.attention(*leaves, **options)[:, :, hidden_from]  # type: ignore[arg-type]
         torch.testing.assert_close(got, wanted)
         if hidden_from.stop == 6:
-            for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), clean), strict=True):
+            for a, b in zip(
+                torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), clean), strict=True
+            ):
                 torch.testing.assert_close(a, b)
 
 
@@ -414,7 +437,9 @@ def test_varlen_options_equal_those_of_each_sequence() -> None:
     q, k, v = packed(12, 15, 2, 1, 8)
     cu_q, cu_k = torch.tensor([0, 4, 12]), torch.tensor([0, 9, 15])
     relative_bias = torch.randn(2, 7)
-    out = ek.attention_varlen(q, k, v, cu_q, cu_k, causal=True, relative_bias=relative_bias, softcap=3.0, window=(4, -1))
+    out = ek.attention_varlen(
+        q, k, v, cu_q, cu_k, causal=True, relative_bias=relative_bias, softcap=3.0, window=(4, -1)
+    )
     for b in range(2):
         of_q, of_k = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
         alone = ek.attention(
@@ -463,7 +488,9 @@ def test_opcheck() -> None:
     tau, scale, lengths = torch.rand(4, 1, 1) + 0.5, torch.rand(()), torch.tensor([7, 2])
     options = (lengths, torch.rand(2, 7) < 0.8, None, None, tau, 1.0, scale, 1.0)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(OPS.attention_forward.default, (q.detach(), k.detach(), v.detach(), *options), test_utils=tests)
+    torch.library.opcheck(
+        OPS.attention_forward.default, (q.detach(), k.detach(), v.detach(), *options), test_utils=tests
+    )
     d_out, d_lse = torch.randn(2, 5, 4, 16).transpose(1, 2), torch.randn(2, 4, 5)
     for needs in ((True,) * 5, (True, False, False, True, False)):
         arguments = (d_out, d_lse, q.detach(), k.detach(), v.detach(), *options, *needs)
@@ -650,9 +677,7 @@ BAD_VARLEN: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_VARLEN)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_bad_varlen_input(
-    changes: dict[str, Any], error: type[Exception], message: str, backend: str | None
-) -> None:
+def test_bad_varlen_input(changes: dict[str, Any], error: type[Exception], message: str, backend: str | None) -> None:
     arguments = {"query": X, "key": X, "value": X, "cu_seqlens_q": torch.tensor([0, 5]), "backend": backend}
     with pytest.raises(error, match=message):
         ek.attention_varlen(**{**arguments, **changes})

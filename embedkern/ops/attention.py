@@ -489,7 +489,7 @@ def _backward(
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     for i, dtype in enumerate(ctx.dtypes, start=3):
-        wanted[i] = None if wanted[i] is None else wanted[i].to(dtype)
+        wanted[i] = wanted[i].to(dtype) if needs[i] else None
     return common.first_derivatives("attention", *wanted)
 
 
