@@ -68,7 +68,7 @@ def _float64_beside(call: Call) -> bool:
 INFONCE = Backend(
     "cpu",
     (
-        *_on_cpu("queries"),
+        *_on("cpu", "queries"),
         Rule(_float64_beside, "one of documents, negatives, positives is float64"),
         Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
         Rule(
