@@ -1,6 +1,6 @@
 // No torch header: nvcc builds it whatever torch is installed.
-#include "pooling.cuh"
 #include "pooling.h"
+#include "pooling_launch.cuh"
 
 namespace ek::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // the argument `mutants`: kernels broken on purpose, each of which these comparisons have to notice.
 #include "host_cuda.h"
 // The kernels need CUDA's words from there.
-#include "../cuda/pooling.cuh"
+#include "../cuda/pooling_launch.cuh"
 #include "naive.h"
 
 namespace {
@@ -279,6 +279,7 @@ std::vector<Call> calls() {
   all.push_back({"nothing to pool", 2, 20, 16, every_mode, {0, 20}, {}, {0, 20}});
   all.back().normalize = true;
   all.push_back({"no token", 2, 0, 16, every_mode});
+  all.push_back({"no sequence", 0, 20, 16, every_mode, {}, {0}});
   return all;
 }
 
@@ -303,6 +304,14 @@ void test_offsets_beyond_32_bits() {  // rows so far apart that their offsets ar
   test.p.hidden = memory.get(), test.p.stride_t = stride;
   test.run();
   naive::report("offsets beyond 32 bits", test.is_right());
+}
+
+void test_no_spans() {  // torch gives an empty tensor's data as null: they look as if they weren't given
+  Test<float> test({"", 2, 20, 16, every_mode});
+  test.p.segments = 0, test.p.segment = nullptr;
+  test.run();
+  test.members.clear();
+  naive::report("no spans", test.is_right());
 }
 
 void test_same_bits_in_any_order() {
@@ -411,6 +420,7 @@ int main(int argc, char** argv) {
     test_calls<Bf16>("bfloat16");
     test_calls<F16>("float16");
     test_offsets_beyond_32_bits<Bf16>();
+    test_no_spans();
     test_same_bits_in_any_order();
   }
   return naive::failures != 0;
