@@ -25,7 +25,7 @@ struct PoolParams {
   DType dtype;          // of hidden, out, d_out and d_hidden
   const void* hidden;
   int64_t stride_b, stride_t;
-  const PoolSegment* segment;  // (segments)
+  PoolSegment* segment;  // (segments); on a GPU the first kernel fills it
   const bool* mask;            // (rows / length, length), rows mask_stride apart; null: every row is visible
   int64_t mask_stride;
   bool normalize;

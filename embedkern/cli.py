@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from . import _native, verify
+from .machine import cpu_name
 from .ops.explain import FAMILIES, explain
 from .version import __version__
 
@@ -58,12 +59,6 @@ def doctor(_: argparse.Namespace) -> int:
         choice, refused = explain(name, *calls[name])
         print(f"{name}: {choice}" + "".join(f"; {other}: {', '.join(why)}" for other, why in refused.items()))
     return 0
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def run_verify(_: argparse.Namespace) -> int:

@@ -101,6 +101,12 @@ void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float*
   }
 }
 
+void scale_rows(float* x, int64_t m, int64_t dim, const float* factor) {
+  for (int64_t i = 0; i < m; i++) {
+    for (int64_t c = 0; c < dim; c += W) store(x + i * dim + c, load(x + i * dim + c) * factor[i]);
+  }
+}
+
 // x's rows, each times its factor, to m rows from `row` on.
 template <class T>
 void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const float* factor, const float* x,
@@ -130,12 +136,14 @@ void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head
   }
 }
 
-// scale and 1 / temperature of m rows. Below a temperature of 1e-30 nothing changes any more, and nothing overflows.
-void row_factors(const AttentionParams& p, Row row, int64_t m, float* scale, float* inverse) {
+// scale, temperature and 1 / temperature of m rows. Beyond these bounds nothing changes any more, and within them
+// nothing overflows.
+void row_factors(const AttentionParams& p, Row row, int64_t m, float* scale, float* temperature, float* inverse) {
   for (int64_t i = 0; i < m; i++, row.next()) {
     const float tau = p.temperature.data ? *row.in<float>(p.temperature) : p.temperature_number;
     scale[i] = p.scale.data ? *row.in<float>(p.scale) : p.scale_number;
-    inverse[i] = tau < 1e-30f ? 1e30f : 1 / tau;
+    temperature[i] = tau < 1e-30f ? 1e-30f : tau > 1e30f ? 1e30f : tau;
+    inverse[i] = 1 / temperature[i];
   }
 }
 
@@ -153,26 +161,36 @@ EK_INLINE Vec across(Vec* partial, const Combine& combine) {
 constexpr auto add = [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; };
 constexpr auto maximum = [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); };
 
-// 2^t for t <= 0; exactly 0 below -126.5, NaN for NaN. With t = n + f, |f| <= ½, a polynomial for 2^f (its relative
-// error is at most 2e-9) and 2^n from the bits of the sum that rounds t, exponent bias included. Where exp(x) needs ln
-// 2 in two parts, 1 / ln 2 is in t already: 17 instructions a vector of scores with maximum, sum, load and store left
-// out, not 28.
-EK_INLINE Vec power_of_2(Vec t) {
-  t = larger(splat(-127.0f), t);  // this way round NaN stays NaN
-  const Vec shifted = t + (0x1.8p23f + 127);
-  const Vec f = t - (shifted - (0x1.8p23f + 127));
-  Vec y = 1.5345810970757e-4f * f + 1.3399930903688e-3f;
-  y = y * f + 9.6184890717268e-3f;
-  y = y * f + 5.5503286421299e-2f;
-  y = y * f + 2.4022646248341e-1f;
-  y = y * f + 6.9314718246460e-1f;
-  y = y * f + 1.0f;
-  return y * (Vec)((UVec)shifted << 23);
-}
+// e^(x / temperature) as 2^(c x), for a row's c = 1 / (temperature ln 2), in two floats so that c's own rounding
+// doesn't grow with x; x <= 0. With c x = n + f, |f| <= ½: 2^n from the bits of the sum that rounds c x, exponent bias
+// included, and a polynomial for 2^f (relative error 2e-9). 0 below 2^-126, NaN for NaN; 18 instructions, exp() has 28.
+struct Power {
+  Vec high, low, least;
+
+  EK_INLINE explicit Power(float temperature) {
+    const double c = 1.4426950408889634 / temperature;
+    high = splat(float(c));
+    low = splat(float(c - double(float(c))));
+    least = splat(float(-127 / c));
+  }
+  EK_INLINE Vec operator()(Vec x) const {
+    constexpr float rounder = 0x1.8p23f + 127;
+    x = larger(least, x);  // this way round NaN stays NaN
+    const Vec shifted = x * high + rounder;
+    const Vec f = x * low + (x * high - (shifted - rounder));
+    Vec y = 1.5345810970757e-4f * f + 1.3399930903688e-3f;
+    y = y * f + 9.6184890717268e-3f;
+    y = y * f + 5.5503286421299e-2f;
+    y = y * f + 2.4022646248341e-1f;
+    y = y * f + 6.9314718246460e-1f;
+    y = y * f + 1.0f;
+    return y * (Vec)((UVec)shifted << 23);
+  }
+};
 
 // z (m, n) → exp((z - top) / temperature) in place; top: each row's maximum, sum: of its exponentials. The maximum goes
 // before the division by temperature, which may overflow.
-void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inverse, float* top, float* sum,
+void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* temperature, float* top, float* sum,
                   Ahead& ahead) {
   const int64_t whole = n / W * W;
   IVec tail;
@@ -195,20 +213,21 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inver
     store(top + i, across(partial, maximum));
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
-      const Vec shift = splat(top[i + r]), factor = splat(inverse[i + r] * 1.44269504f);
+      const Vec shift = splat(top[i + r]);
+      const Power power(temperature[i + r]);
       ahead.step();
       Vec total{}, other{};
       int64_t j = 0;
       for (; j + W < n; j += 2 * W) {  // two at a time: they share the loads of the constants
-        const Vec e = power_of_2((load(row + j) - shift) * factor);
-        const Vec f = power_of_2((load(row + j + W) - shift) * factor);
+        const Vec e = power(load(row + j) - shift);
+        const Vec f = power(load(row + j + W) - shift);
         store(row + j, e);
         store(row + j + W, f);
         total += e;
         other += f;
       }
       if (j < n) {
-        const Vec e = power_of_2((load(row + j) - shift) * factor);
+        const Vec e = power(load(row + j) - shift);
         store(row + j, e);
         total += e;
       }
@@ -221,11 +240,12 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* inver
 
 // What a block of rows needs, forward and backward.
 struct Block {
-  float *scale, *inverse, *top, *sum, *factor;  // of each row
+  float *scale, *temperature, *inverse, *top, *sum, *factor;  // of each row
   float *q, *scores;
 
   Block(Scratch& scratch, int64_t rows, int64_t dim, int64_t ld)
       : scale(scratch.take(rows + W)),
+        temperature(scratch.take(rows + W)),
         inverse(scratch.take(rows + W)),
         top(scratch.take(rows + W)),
         sum(scratch.take(rows + W)),
@@ -238,10 +258,10 @@ struct Block {
 template <class T>
 void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const float* k_transposed,
            int64_t ld, const Block& b, Ahead& ahead) {
-  row_factors(p, row, m, b.scale, b.inverse);
+  row_factors(p, row, m, b.scale, b.temperature, b.inverse);
   gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q, ahead);
   gemm<false>(m, round_up(s.visible, W), p.dim, b.q, round_up(p.dim, W), 1, k_transposed, ld, b.scores, ld);
-  exponentials(b.scores, ld, m, s.visible, b.inverse, b.top, b.sum, ahead);
+  exponentials(b.scores, ld, m, s.visible, b.temperature, b.top, b.sum, ahead);
 }
 
 template <class T>
@@ -280,8 +300,8 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
 }
 
 // With e the exponentials, r their row sums, P = e / r:  dP = d_out · vᵀ,  delta = Σ P dP,  dU = P (dP - delta +
-// d_lse), d_v = Pᵀ · d_out,  d_q = scale / temperature · dU · k,  d_k = dUᵀ · q scale / temperature. r divides the thin
-// d_out: `d` comes as dP / r, and leaves as dU = e (dP / r + (d_lse - delta) / r). excess: Σ dU - d_lse, 0 but for
+// d_lse), d_v = Pᵀ · d_out,  d_q = scale / temperature · dU · k,  d_k = dUᵀ · q scale / temperature. `d` comes as dP
+// and leaves as dU; P is never written: d_v = eᵀ · (d_out / r), since d_out is thin. excess: Σ dU - d_lse, 0 but for
 // rounding.
 template <bool with_excess>
 void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n, const float* d_lse,
@@ -296,13 +316,14 @@ void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n
       for (int64_t j = 0; j < n; j += W) total += load(e + row + j) * load(d + row + j);
       partial[r] = total;
     }
-    float shift[W];
-    store(shift, (load(d_lse + i) - across(partial, add)) * load(factor + i));
+    float delta[W];
+    store(delta, across(partial, add) * load(factor + i));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = (i + r) * ld;
+      const Vec normalize = splat(factor[i + r]);
       Vec total{};
       for (int64_t j = 0; j < n; j += W) {
-        const Vec d_u = load(e + row + j) * (load(d + row + j) + shift[r]);
+        const Vec d_u = load(e + row + j) * normalize * ((load(d + row + j) - delta[r]) + d_lse[i + r]);
         store(d + row + j, d_u);
         if (with_excess) total += d_u;
       }
@@ -353,16 +374,20 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     const int64_t m = least(block, all - start);
     Row row(p, s, kv_head, start);
     if (n == 0) {
-      row_factors(p, row, m, b.scale, b.inverse);
+      row_factors(p, row, m, b.scale, b.temperature, b.inverse);
       for (int64_t i = 0; i < m; i++) b.top[i] = excess[i] = 0;
       for (int64_t i = 0; i < m * dim; i++) d_q[i] = 0;
     } else {
       weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
       for (int64_t i = 0; i < m; i += W) store(b.factor + i, 1 / load(b.sum + i));
-      gather_rows<T>(p.d_out, row, m, p.dim_v, b.factor, d_out, ahead);
-      if (p.d_value.data) gemm<true>(n, dim_v, m, b.scores, 1, ld, d_out, dim_v, d_v, dim_v);
+      for (int64_t i = 0; i < m; i++) b.sum[i] = 1;
+      gather_rows<T>(p.d_out, row, m, p.dim_v, b.sum, d_out, ahead);
+      if (scores_wanted) gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
+      if (p.d_value.data) {
+        scale_rows(d_out, m, dim_v, b.factor);
+        gemm<true>(n, dim_v, m, b.scores, 1, ld, d_out, dim_v, d_v, dim_v);
+      }
       if (!scores_wanted) continue;
-      gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
       Row r = row;
       for (int64_t i = 0; i < m; i++, r.next()) d_lse[i] = p.d_lse.data ? *r.in<float>(p.d_lse) : 0;
       if (rows_wanted) {
@@ -372,9 +397,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       }
       if (p.d_query.data || rows_wanted) gemm<false>(m, dim, n, d_scores, ld, 1, k, dim, d_q, dim);
       if (p.d_key.data) {
-        for (int64_t i = 0; i < m; i++) {
-          for (int64_t c = 0; c < dim; c += W) store(b.q + i * dim + c, load(b.q + i * dim + c) * b.inverse[i]);
-        }
+        scale_rows(b.q, m, dim, b.inverse);
         gemm<true>(n, dim, m, d_scores, 1, ld, b.q, dim, d_k, dim);
       }
     }

@@ -1,6 +1,6 @@
 // Products of float32 matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n): A by any
 // strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C by rows ldc apart.
-// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over the whole of k.
+// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k.
 #pragma once
 #include "simd.h"
 
@@ -64,12 +64,33 @@ void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a
   }
 }
 
+template <int nv, bool add>
+EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+                         int64_t ldb, float* c, int64_t ldc) {
+  if (add || l > 0) {
+    gemm_columns<nv, true>(m, k, a, a_row, a_col, b, ldb, c, ldc);
+  } else {
+    gemm_columns<nv, false>(m, k, a, a_row, a_col, b, ldb, c, ldc);
+  }
+}
+
+// Long sums are sums of partial sums: as accurate as a blocked library's, and B's strip of KC rows stays in the cache.
+constexpr int64_t KC = 128;
+
 template <bool add>
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
           float* c, int64_t ldc) {
-  int64_t j = 0;
-  for (; j + NR <= n; j += NR) gemm_columns<NV, add>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc);
-  for (; j < n; j += W) gemm_columns<1, add>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc);
+  for (int64_t l = 0; l < k || (l == 0 && !add); l += KC) {
+    const int64_t depth = least(KC, k - l);
+    const float *a_l = a + l * a_col, *b_l = b + l * ldb;
+    for (int64_t j = 0; j < n; j += NR) {
+      if (n - j < NR) {
+        for (; j < n; j += W) gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc);
+      } else {
+        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc);
+      }
+    }
+  }
 }
 
 }  // namespace

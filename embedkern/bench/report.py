@@ -1,11 +1,9 @@
-"""Runs the suites, each in a process of its own, and writes what they measured as a table, a CSV and a plot."""
+"""Runs the suites, each in a process of its own, and writes what they measured as a CSV, a table and a plot."""
 
 from __future__ import annotations
 
 import csv
 import importlib
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..machine import cpu_name
 from ..version import __version__
 from .harness import Row
 
@@ -52,12 +51,19 @@ def _line(row: Row) -> str:
 def write(rows: Iterable[Row], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
-    machine = f"{platform.machine()} {os.cpu_count()} CPUs"
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
     with (out / "bench.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Row)] + ["machine", "torch", "embedkern"])
         for row in rows:
             writer.writerow([*asdict(row).values(), machine, torch.__version__, __version__])
+    with (out / "bench.md").open("w") as file:
+        file.write(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n\n")
+        file.write("| what | against | ours | peer | | ratio | goal |\n| --- | --- | --- | --- | --- | --- | --- |\n")
+        for r in rows:
+            file.write(
+                f"| {r.work} | {r.against} | {r.ours:.4g} | {r.peer:.4g} | {r.unit} | {r.ratio:.2f} | {r.goal} |\n"
+            )
     try:
         from matplotlib.figure import Figure
     except ImportError:

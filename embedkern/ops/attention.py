@@ -73,7 +73,7 @@ def attention(
     if chosen.forward is None:
         out, lse = reference.attention(**call)
     else:
-        out, lse = AttentionFunction.apply(*call.values(), return_lse, chosen)
+        out, lse = AttentionFunction.apply(*_distinct(call).values(), return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -117,7 +117,7 @@ def attention_varlen(
     if chosen.forward is None:
         out, lse = reference.attention_varlen(**call)
     else:
-        out, lse = AttentionVarlenFunction.apply(*_with_max_seqlens(call), return_lse, chosen)
+        out, lse = AttentionVarlenFunction.apply(*_with_max_seqlens(_distinct(call)), return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -348,6 +348,13 @@ def _check_options(
     return None if window[0] == window[1] == -1 else (window[0], window[1])
 
 
+def _distinct(call: dict[str, Any]) -> dict[str, Any]:
+    """torch.compile can't trace a Function that gets the same tensor twice."""
+    if torch.compiler.is_compiling():
+        call["key"], call["value"] = call["key"].view_as(call["key"]), call["value"].view_as(call["value"])
+    return call
+
+
 def _with_max_seqlens(call: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments of attention_varlen in its order, from check_varlen's."""
     arguments = tuple(call.values())
@@ -394,7 +401,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
-            return _reference_backward(ctx, reference.attention, d_out, d_lse)
+            return *_reference_backward(ctx, reference.attention, d_out, d_lse)[:14], None, None
         d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
         return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
 
@@ -438,7 +445,7 @@ class AttentionVarlenFunction(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
             gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
-            return (*gradients[:5], None, None, *gradients[5:])
+            return *gradients[:5], None, None, *gradients[5:12], None, None
         d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
         return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
 
@@ -474,14 +481,15 @@ def _backward(
     query, key, value, *places, tau, factor = ctx.saved_tensors
     if d_out is None:
         d_out = value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, *factors)]
+    given = len(ctx.needs_input_grad)
+    needs = [i < given and ctx.needs_input_grad[i] for i in (0, 1, 2, *factors)]
     tau_number, factor_number = ctx.numbers
     gradients = ctx.backend.backward(
         d_out, d_lse, query, key, value, *places, tau, tau_number, factor, factor_number, *needs
     )
     wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     for i, dtype in enumerate(ctx.dtypes, start=3):
-        wanted[i] = None if wanted[i] is None else wanted[i].to(dtype)
+        wanted[i] = wanted[i].to(dtype) if needs[i] else None
     return common.first_derivatives("attention", *wanted)
 
 

@@ -77,10 +77,11 @@ def attention_varlen(
         # (T, H, ·) → (1, H, L, ·)
         q, row = (x[start_q:end_q].transpose(0, 1)[None] for x in (query, rows))
         k, v = (x[start_k:end_k].transpose(0, 1)[None] for x in (key, value))
-        tau, factor = (
-            x.expand(tokens, heads, 1)[start_q:end_q].transpose(0, 1)[None] if isinstance(x, Tensor) else x
-            for x in (temperature, scale)
-        )
+        tau, factor = temperature, scale
+        if isinstance(tau, Tensor):
+            tau = tau.expand(tokens, heads, 1)[start_q:end_q].transpose(0, 1)[None]
+        if isinstance(factor, Tensor):
+            factor = factor.expand(tokens, heads, 1)[start_q:end_q].transpose(0, 1)[None]
         out, lse = _attend(
             q, k, v, None, None, None, relative_bias, tau, factor, causal, window, softcap, dropout_p, seed, row
         )
