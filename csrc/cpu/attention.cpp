@@ -228,7 +228,8 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const Factors& fac
   for (int lane = 0; lane < W; lane++) tail[lane] = lane < n - whole ? -1 : 0;
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
-    Vec partial[W] = {};
+    Vec partial[W];
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
       if (whole < n) store(row + whole, select(tail, load(row + whole), splat(-__builtin_inff())));
@@ -265,7 +266,7 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const Factors& fac
       }
       partial[r] = total + other;
     }
-    for (int64_t r = rows; r < W; r++) partial[r] = splat(1.0f);
+    for (int64_t r = rows; r < W; r++) partial[r] = splat(1.0f);  // to be divided by, unused
     store(sum + i, across(partial, add));
   }
 }
@@ -339,7 +340,8 @@ void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n
                       const float* factor, float* excess, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
-    Vec partial[W] = {};
+    Vec partial[W];
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     for (int64_t r = 0; r < rows; r++) {
       ahead.step();
       const int64_t row = (i + r) * ld;
@@ -360,6 +362,7 @@ void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n
       }
       partial[r] = total;
     }
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     if (with_excess) store(excess + i, across(partial, add) - load(d_lse + i));
   }
 }
