@@ -23,7 +23,7 @@ class BuildKernelsFirst(BuildExtension):
         subprocess.check_call(["cmake", "--build", build, "--target", "kernels"])
         link = (build / "link.txt").read_text().splitlines()
         if len(link) == 1:
-            print("embedkern: built without nvcc: the CUDA kernels (pooling) are left out, GPU calls go to other backends")
+            print("embedkern: built without nvcc: CUDA kernels (pool) are left out; GPU calls go to other backends")
         for extension in self.extensions:
             extension.extra_link_args += link
             extension.depends.append(link[0])

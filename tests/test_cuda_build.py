@@ -1,4 +1,4 @@
-"""The CUDA kernels as compiled code: no GPU is needed for that. csrc/tests/test_pooling_cuda.cpp runs them on the CPU."""
+"""The CUDA kernels as compiled code, which needs no GPU. csrc/tests/test_pooling_cuda.cpp runs them on the CPU."""
 
 from __future__ import annotations
 

@@ -11,8 +11,6 @@ from ..schema import OPS
 schema.check_kernels(_native.kernels())
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 HAS_CUDA = _native.has_cuda  # read once: a call into pybind11 doesn't trace
 POOL_MODES_LIMIT = 32  # csrc/cuda/pooling.h
 
