@@ -1,6 +1,7 @@
 """CMake builds the kernels, torch's CppExtension the bindings; both are linked into embedkern._native."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,12 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 class BuildKernelsFirst(BuildExtension):
     def build_extensions(self) -> None:
         build = Path(self.build_temp).resolve() / "kernels"
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"])
+        options = shlex.split(os.environ.get("CMAKE_ARGS", ""))  # such as -DEK_CUDA=OFF
+        subprocess.check_call(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *options])
         subprocess.check_call(["cmake", "--build", build, "--target", "kernels"])
         link = (build / "link.txt").read_text().splitlines()
         if len(link) == 1:
-            print("embedkern: no CUDA kernels in this build (no nvcc, or none written for it yet); Triton serves GPUs")
+            print("embedkern: built without nvcc: CUDA kernels (pool) are left out; GPU calls go to other backends")
         for extension in self.extensions:
             extension.extra_link_args += link
             extension.depends.append(link[0])

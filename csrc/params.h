@@ -25,8 +25,8 @@ struct PoolParams {
   DType dtype;          // of hidden, out, d_out and d_hidden
   const void* hidden;
   int64_t stride_b, stride_t;
-  const PoolSegment* segment;  // (segments)
-  const bool* mask;            // (rows / length, length), rows mask_stride apart; null: every row is visible
+  PoolSegment* segment;  // (segments); on a GPU the first kernel fills it
+  const bool* mask;      // (rows / length, length), rows mask_stride apart; null: every row is visible
   int64_t mask_stride;
   bool normalize;
   float eps;

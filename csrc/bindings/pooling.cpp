@@ -1,43 +1,28 @@
 // Tensors to PoolParams, and the checks that need values; nothing else.
+#include "pooling.h"
+
 #include <algorithm>
 
 #include "../cpu/variants.h"
 #include "parallel.h"
-#include "tensors.h"
 
 namespace {
 
 using ek::OptionalTensor;
-using ek::PoolParams;
 using ek::PoolSegment;
 using ek::Tensor;
 
-// A PoolParams with what its pointers point to.
-struct Pooling : PoolParams {
-  std::vector<int64_t> modes_held, chunk_segments_held, chunk_offset_held;
+// The call with its segments, found and checked here.
+struct Pooling : ek::PoolCall {
+  std::vector<int64_t> chunk_segments_held, chunk_offset_held;
   std::vector<PoolSegment> segments_held;
-  OptionalTensor mask_held;
 
-  // shape and strides of hidden: (B, L, C) or (T, C)
-  Pooling(std::vector<int64_t> shape, const OptionalTensor& lengths, const OptionalTensor& mask_tensor,
+  Pooling(const std::vector<int64_t>& shape, const OptionalTensor& lengths, const OptionalTensor& mask_tensor,
           const OptionalTensor& cu_seqlens, const OptionalTensor& skip, const OptionalTensor& spans,
           std::vector<int64_t> modes_wanted, int64_t columns, bool normalized, double epsilon)
-      : PoolParams{}, modes_held(std::move(modes_wanted)) {
-    const bool packed = shape.size() == 2;
-    channels = shape.back();
-    length = packed ? shape[0] : shape[1];
-    rows = packed ? shape[0] : shape[0] * shape[1];
-    out_channels = columns;
-    modes = int64_t(modes_held.size());
-    mode = modes_held.data();
-    normalize = normalized;
-    eps = float(epsilon);
-    if (mask_tensor) {
-      mask_held = ek::with_unit_stride(*mask_tensor);
-      mask = mask_held->const_data_ptr<bool>();
-      mask_stride = mask_held->stride(0);
-    }
-    find_segments(packed ? 1 : shape[0], lengths, cu_seqlens, spans);
+      : PoolCall(shape, std::move(modes_wanted), columns, normalized, epsilon) {
+    if (mask_tensor) take_mask(ek::with_unit_stride(*mask_tensor));
+    find_segments(shape.size() == 2 ? 1 : shape[0], lengths, cu_seqlens, spans);
     if (skip) {
       const std::vector<int64_t> skipped = ek::integers(*skip);
       for (size_t s = 0; s < skipped.size(); s++) {
@@ -109,41 +94,24 @@ struct Pooling : PoolParams {
     chunk_segments = chunk_segments_held.data();
     chunk_offset = chunk_offset_held.data();
   }
-
-  bool takes_maximum() const {
-    for (int64_t m : modes_held) {
-      if (m == ek::max) return true;
-    }
-    return false;
-  }
 };
-
-std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, OptionalTensor lengths, OptionalTensor mask,
                                            OptionalTensor cu_seqlens, OptionalTensor skip, OptionalTensor spans,
                                            std::vector<int64_t> modes, int64_t out_channels, bool normalize,
                                            double eps) {
   hidden = ek::with_unit_stride(hidden);
-  Pooling p(shape_of(hidden), lengths, mask, cu_seqlens, skip, spans, std::move(modes), out_channels, normalize, eps);
-  p.dtype = ek::dtype_of(hidden);
-  p.hidden = hidden.const_data_ptr();
-  p.stride_t = hidden.stride(hidden.dim() - 2);
-  p.stride_b = hidden.dim() == 3 ? hidden.stride(0) : 0;
-  Tensor out = torch::stable::new_empty(hidden, {p.segments, out_channels});
-  Tensor pooled = torch::stable::new_empty(hidden, {p.segments, out_channels}, ek::ScalarType::Float);
-  Tensor argmax =
-      torch::stable::new_empty(hidden, {p.takes_maximum() ? p.segments : 0, out_channels}, ek::ScalarType::Int);
-  p.out = out.mutable_data_ptr();
-  p.pooled = pooled.mutable_data_ptr<float>();
-  p.argmax = p.takes_maximum() ? argmax.mutable_data_ptr<int32_t>() : nullptr;
+  Pooling p(ek::shape_of(hidden), lengths, mask, cu_seqlens, skip, spans, std::move(modes), out_channels, normalize,
+            eps);
+  p.read(hidden);
+  const ek::PoolResults results(p, hidden);
 
   const ek::PoolingKernels& kernels = ek::variant().pooling;
   const int64_t blocks = (p.channels + ek::pool_block - 1) / ek::pool_block, work = p.rows * p.channels;
   ek::for_tasks(p.segments * blocks, work, ek::pool_scratch_floats,
                 [&](int64_t i, float* scratch) { kernels.pool(p, i / blocks, i % blocks, scratch); });
   ek::for_tasks(p.segments, p.segments * out_channels, 0, [&](int64_t s, float*) { kernels.normalize(p, s); });
-  return {out, pooled, argmax};
+  return {results.out, results.pooled, results.argmax};
 }
 
 Tensor backward(Tensor d_out, Tensor pooled, Tensor argmax, std::vector<int64_t> shape, OptionalTensor lengths,
@@ -152,22 +120,14 @@ Tensor backward(Tensor d_out, Tensor pooled, Tensor argmax, std::vector<int64_t>
   d_out = ek::with_unit_stride(d_out);
   Pooling p(shape, lengths, mask, cu_seqlens, skip, spans, std::move(modes), out_channels, normalize, eps);
   p.find_chunks();
-  Tensor d_pooled = torch::stable::new_empty(pooled, {p.segments, out_channels});
-  Tensor d_hidden = torch::stable::new_empty(d_out, shape);
-  p.dtype = ek::dtype_of(d_out);
-  p.d_out = d_out.const_data_ptr();
-  p.d_out_stride = d_out.stride(0);
-  p.pooled = pooled.mutable_data_ptr<float>();
-  p.argmax = p.takes_maximum() ? argmax.mutable_data_ptr<int32_t>() : nullptr;
-  p.d_pooled = d_pooled.mutable_data_ptr<float>();
-  p.d_hidden = d_hidden.mutable_data_ptr();
+  const ek::PoolGradients gradients(p, shape, d_out, pooled, argmax);
 
   const ek::PoolingKernels& kernels = ek::variant().pooling;
   ek::for_tasks(p.segments, p.segments * out_channels, 0, [&](int64_t s, float*) { kernels.d_pooled(p, s); });
   const int64_t chunks = int64_t(p.chunk_offset_held.size()) - 1;
   ek::for_tasks(chunks, p.rows * p.channels, 2 * (p.channels + 16),
                 [&](int64_t i, float* scratch) { kernels.d_hidden(p, i, scratch); });
-  return d_hidden;
+  return gradients.d_hidden;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embedkern, CPU, library) {

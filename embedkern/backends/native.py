@@ -1,4 +1,4 @@
-"""The C++ kernels as backends: one for each family on the CPU."""
+"""The C++ and CUDA kernels as backends, one for each family and kind of device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from ..schema import OPS
 schema.check_kernels(_native.kernels())
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HAS_CUDA = _native.has_cuda  # read once: a call into pybind11 doesn't trace
+POOL_MODES_LIMIT = 32  # csrc/cuda/pooling.h
 
 
-def _on_cpu(argument: str) -> tuple[Rule, Rule]:
-    """The rules about a call's main tensor that every CPU kernel has."""
+def _on(device: str, argument: str) -> tuple[Rule, Rule]:
+    """The rules about a call's main tensor that every kernel has."""
 
     def elsewhere(call: Call) -> bool:
-        return call[argument].device.type != "cpu"
+        return call[argument].device.type != device
 
     def other_dtype(call: Call) -> bool:
         return call[argument].dtype not in DTYPES
@@ -28,7 +30,12 @@ def _on_cpu(argument: str) -> tuple[Rule, Rule]:
     )
 
 
-POOLING = Backend("cpu", _on_cpu("hidden"), OPS.pool_forward.default, OPS.pool_backward.default)
+_BUILT = Rule(lambda call: not HAS_CUDA, "built without nvcc")
+_FEW_MODES = Rule(lambda call: len(call["modes"]) > POOL_MODES_LIMIT, f"more than {POOL_MODES_LIMIT} modes")
+_POOL_OPERATORS = OPS.pool_forward.default, OPS.pool_backward.default
+
+POOLING = Backend("cpu", _on("cpu", "hidden"), *_POOL_OPERATORS)
+POOLING_CUDA = Backend("cuda", (_BUILT, *_on("cuda", "hidden"), _FEW_MODES), *_POOL_OPERATORS)
 
 
 def _given(*options: str) -> tuple[Rule, ...]:
@@ -43,7 +50,7 @@ def _given(*options: str) -> tuple[Rule, ...]:
     return tuple(rule(option) for option in options)
 
 
-_ATTENTION_RULES = (*_on_cpu("query"), *_given("relative_bias", "causal", "window", "softcap", "dropout_p"))
+_ATTENTION_RULES = (*_on("cpu", "query"), *_given("relative_bias", "causal", "window", "softcap", "dropout_p"))
 _ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.default
 
 ATTENTION = Backend("cpu", (*_ATTENTION_RULES, *_given("mask", "bias")), *_ATTENTION_OPERATORS)
@@ -59,7 +66,7 @@ def _float64_beside(call: Call) -> bool:
 INFONCE = Backend(
     "cpu",
     (
-        *_on_cpu("queries"),
+        *_on("cpu", "queries"),
         Rule(_float64_beside, "one of documents, negatives, positives is float64"),
         Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
         Rule(

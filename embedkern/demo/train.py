@@ -35,9 +35,9 @@ from .wordnet import Pair
 class Settings:
     """What a run's losses and metrics depend on, besides the data and the machine's arithmetic."""
 
-    steps: int = 6  # of the schedule
+    steps: int = 5  # of the schedule
     batch_size: int = 4096
-    learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
     warmup_steps: int = 1
     weight_decay: float = 0.01
     temperature: float = 0.05
@@ -46,7 +46,7 @@ class Settings:
     bf16: bool = False
     distinct: bool = False  # batches in which no two pairs share a word or a definition, for --compare
     pairs: int | None = None  # only so many of WordNet's, for a short run
-    chunk_tokens: int = 4096
+    chunk_tokens: int = 2048
     memory_budget: float = 2e9  # bytes of graphs that GradCache may keep
 
     def lr_factor(self, step: int) -> float:

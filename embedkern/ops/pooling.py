@@ -15,7 +15,7 @@ from ..reference import pooling as reference
 from ..schema import POOL_MODES
 from . import common
 
-BACKENDS = (native.POOLING, Backend("reference"))
+BACKENDS = (native.POOLING_CUDA, native.POOLING, Backend("reference"))
 
 
 def pool(
@@ -51,8 +51,11 @@ def pool(
         (B, C'), with spans (S, C'), in hidden's dtype; accumulated in float32. Nothing to pool gives zeros.
         Padding, what is skipped and what lies outside every span is never read.
 
+    On a GPU the values in lengths, cu_seqlens, skip and spans are clamped, not checked: a check would wait for the GPU.
+    Nothing is read or written out of bounds whatever they are. (backend="reference" checks.)
+
     Raises:
-        ValueError, TypeError: an argument has a wrong rank, size, dtype, device or value.
+        ValueError, TypeError: an argument has a wrong rank, size, dtype, device or (on a CPU) value.
         NotImplementedError: the backend asked for can't run this call; second derivatives (use "reference").
     """
     call = check(hidden, mode, lengths, mask, cu_seqlens, skip, spans, truncate_dim, normalize, eps)

@@ -1,0 +1,142 @@
+// The contrastive loss without torch: each variant against plain loops in double, two panels, NaN in all scratch.
+#include "naive.h"
+
+namespace {
+
+constexpr int64_t n = 53, m = 150, k = 2, dim = 37, padded_dim = 48, panel = 48, groups = 1;
+constexpr int64_t blocks = (m + ek::infonce_block - 1) / ek::infonce_block;
+const float nan = std::nanf("");
+
+std::vector<float> unwritten(int64_t size) { return std::vector<float>(size_t(size), nan); }
+
+// x / |x|, and the gradient of x from the gradient of that.
+struct Unit {
+  std::vector<double> u;
+  double norm = 1;
+
+  Unit(const float* x, bool cosine) : u(x, x + dim) {
+    double squares = 0;
+    for (double value : u) squares += value * value;
+    if (cosine) norm = std::sqrt(squares);
+    for (double& value : u) value /= norm;
+  }
+  double dot(const std::vector<double>& other) const {
+    double sum = 0;
+    for (size_t c = 0; c < dim; c++) sum += u[c] * other[c];
+    return sum;
+  }
+  bool has_gradient(const float* got, const std::vector<double>& d_unit, bool cosine) const {
+    bool right = true;
+    const double along = cosine ? dot(d_unit) : 0;
+    for (size_t c = 0; c < dim; c++) right &= naive::close(got[c], (d_unit[c] - u[c] * along) / norm, 2e-5);
+    return right;
+  }
+};
+
+struct Example {
+  bool cosine, with_positives;
+  std::vector<float> queries = naive::random(n * dim, 1), documents = naive::random(m * dim, 2);
+  std::vector<float> negatives = naive::random(n * k * dim, 3), positives = naive::random(n * dim, 4);
+  std::vector<float> temperature = unwritten(n), d_loss = naive::random(n, 5);
+  std::vector<int64_t> targets, query_labels, document_labels;
+  std::vector<float> loss = unwritten(n), d_queries = unwritten(n * dim), d_documents = unwritten(m * padded_dim);
+  std::vector<float> d_negatives = unwritten(n * k * dim), d_positives = unwritten(n * dim);
+  std::vector<float> d_temperature = unwritten(n);
+  ek::InfoNCEParams p{};
+
+  Example(bool with_cosine, bool positives_given) : cosine(with_cosine), with_positives(positives_given) {
+    for (int64_t i = 0; i < n; i++) {
+      temperature[size_t(i)] = 0.3f + 0.02f * float(i);
+      targets.push_back((i * 31 + 140) % m);
+      query_labels.push_back((i % 7) << 33 | 5);  // they differ in the upper half
+    }
+    for (int64_t j = 0; j < m; j++) document_labels.push_back((j % 9) << 33 | 5);
+  }
+
+  void run(const ek::InfoNCEKernels& kernels) {
+    const int64_t stride = ek::infonce_stride(dim);
+    std::vector<float> unit_documents = unwritten(m * stride), document_norm = unwritten(m);
+    std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(3 * panel);
+    std::vector<float> exponentials = unwritten(groups * m * ek::infonce_rows);
+    std::vector<float> block_max = unwritten(groups * blocks * ek::infonce_rows);
+    std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(dim, k));
+    p.n = n, p.m = m, p.k = k, p.dim = dim, p.cosine = cosine;
+    p.queries = {queries.data(), ek::DType::f32, dim};
+    p.documents = {documents.data(), ek::DType::f32, dim};
+    if (with_positives) p.positives = {positives.data(), ek::DType::f32, dim};
+    p.negatives = {negatives.data(), ek::DType::f32, dim};
+    p.negatives_stride = k * dim;
+    p.targets = targets.data(), p.temperature = temperature.data(), p.temperature_stride = 1;
+    p.query_labels = query_labels.data(), p.document_labels = document_labels.data();
+    p.d_loss = d_loss.data(), p.loss = loss.data();
+    p.d_queries = d_queries.data(), p.d_documents = d_documents.data(), p.d_negatives = d_negatives.data();
+    p.d_positives = with_positives ? d_positives.data() : nullptr, p.d_temperature = d_temperature.data();
+    p.padded_dim = padded_dim, p.stride = stride;
+    p.unit_documents = unit_documents.data(), p.document_norm = document_norm.data();
+    p.unit_queries = unit_queries.data(), p.exponentials = exponentials.data(), p.block_max = block_max.data();
+    p.row_max = of_rows.data(), p.row_scale = p.row_max + panel, p.positive_scale = p.row_scale + panel;
+    for (int64_t block = 0; block < blocks; block++) kernels.documents(p, block);
+    for (p.panel_begin = 0; p.panel_begin < n; p.panel_begin = p.panel_end) {
+      p.panel_end = p.panel_begin + panel < n ? p.panel_begin + panel : n;
+      kernels.rows(p, 0, scratch.data());
+      for (int64_t block = 0; block < blocks; block++) kernels.d_documents(p, block, scratch.data());
+    }
+  }
+
+  bool is_right() const {
+    bool right = true;
+    std::vector<std::vector<double>> d_unit_documents(m, std::vector<double>(dim));
+    for (size_t i = 0; i < n; i++) {
+      // The row's columns: every document, then its negatives; the positive may be another vector.
+      const Unit q(&queries[i * dim], cosine);
+      const size_t own = size_t(targets[i]);
+      std::vector<Unit> columns;
+      std::vector<double> z, dz;
+      double sum = 0, moment = 0;
+      for (size_t j = 0; j < m + k; j++) {
+        const float* x = j < m ? &documents[j * dim] : &negatives[(i * k + j - m) * dim];
+        columns.emplace_back(j == own && with_positives ? &positives[i * dim] : x, cosine);
+        z.push_back(q.dot(columns[j].u) / temperature[i]);
+        const bool hidden = j < m && j != own && query_labels[i] == document_labels[j];
+        dz.push_back(hidden ? 0 : std::exp(z[j]));
+        sum += dz[j];
+      }
+      right &= naive::close(loss[i], std::log(sum) - z[own]);
+      std::vector<double> d_unit_query(dim);
+      for (size_t j = 0; j < m + k; j++) {
+        dz[j] = d_loss[i] * (dz[j] / sum - (j == own));
+        moment += dz[j] * z[j];
+        std::vector<double> d_column(dim);
+        for (size_t c = 0; c < dim; c++) {
+          d_unit_query[c] += dz[j] / temperature[i] * columns[j].u[c];
+          d_column[c] = dz[j] / temperature[i] * q.u[c];
+          if (j < m && !(j == own && with_positives)) d_unit_documents[j][c] += d_column[c];
+        }
+        if (j >= m) right &= columns[j].has_gradient(&d_negatives[(i * k + j - m) * dim], d_column, cosine);
+        if (j == own && with_positives) right &= columns[j].has_gradient(&d_positives[i * dim], d_column, cosine);
+      }
+      right &= q.has_gradient(&d_queries[i * dim], d_unit_query, cosine);
+      right &= naive::close(d_temperature[i], -moment / temperature[i], 2e-5);
+    }
+    for (size_t j = 0; j < m; j++) {
+      const Unit d(&documents[j * dim], cosine);
+      right &= d.has_gradient(&d_documents[j * padded_dim], d_unit_documents[j], cosine);
+    }
+    return right;
+  }
+};
+
+}  // namespace
+
+int main() {
+  return naive::for_variants([](const ek::Variant& variant) {
+    for (const bool cosine : {true, false}) {
+      for (const bool with_positives : {true, false}) {
+        Example example(cosine, with_positives);
+        example.run(variant.infonce);
+        const std::string name = variant.name + (cosine ? " cosine" : " dot") + (with_positives ? ", positives" : "");
+        naive::report(name, example.is_right());
+      }
+    }
+  });
+}

@@ -1,0 +1,425 @@
+"""info_nce against its float64 reference: pairs of options, every CPU variant; corners; torch's own machinery."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from torch import Tensor
+
+import embedkern as ek
+from embedkern.reference import infonce as reference
+from embedkern.schema import OPS
+
+NAN = float("nan")
+TRACKED = ("queries", "documents", "negatives", "positives", "temperature", "weights")
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "rows": (1, 7, 65, 130, 513),
+    "more_documents": (0, 3, 200, -1),  # -1: fewer than rows, with targets
+    "dim": (1, 3, 32, 100, 384),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "similarity": ("cosine", "dot"),
+    "reduction": ("mean", "sum", "none"),
+    "temperature": ("number", "scalar", "rows"),
+    "targets": (False, True),
+    "negatives": (0, 1, 4),
+    "positives": (False, True),
+    "labels": (None, "ignore", "positive"),
+    "weights": (False, True),
+    "label_smoothing": (0.0, 0.1),
+    "frozen": ((), ("documents",), ("queries",), ("queries", "documents")),
+    "strided": (False, True),
+}
+
+
+def pairwise() -> list[dict[str, Any]]:
+    """Few cases in which every two values of two factors meet."""
+    draw = random.Random(0)
+    values = [(name, value) for name, all_values in FACTORS.items() for value in all_values]
+    missing = {frozenset(pair) for pair in itertools.combinations(values, 2) if pair[0][0] != pair[1][0]}
+    cases = []
+    while missing:
+        start = dict(draw.choice(sorted(missing, key=str)))
+        tried = [{name: start.get(name, draw.choice(choices)) for name, choices in FACTORS.items()} for _ in range(60)]
+        found = [{frozenset(pair) for pair in itertools.combinations(case.items(), 2)} & missing for case in tried]
+        best = max(range(len(tried)), key=lambda i: len(found[i]))
+        missing -= found[best]
+        cases.append(tried[best])
+    return cases
+
+
+def build(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors, and the options that are none."""
+    rows, dim = case["rows"], case["dim"]
+    columns = max(1, rows - 3) if case["more_documents"] < 0 else rows + case["more_documents"]
+
+    def vectors(*shape: int) -> Tensor:
+        if case["strided"]:  # rows apart by more than their length, in reverse memory order for negatives
+            wide = torch.randn(*shape[:-1], shape[-1] + 5)[..., 2 : 2 + shape[-1]]
+            return wide.transpose(0, 1).contiguous().transpose(0, 1) if len(shape) == 3 else wide
+        return torch.randn(*shape)
+
+    tensors: dict[str, Any] = {"queries": vectors(rows, dim), "documents": vectors(columns, dim)}
+    if case["negatives"]:
+        tensors["negatives"] = vectors(rows, case["negatives"], dim)
+    if case["positives"]:
+        tensors["positives"] = vectors(rows, dim)
+    tensors = {name: _with_dtype(x, case["dtype"]) for name, x in tensors.items()}
+    if case["targets"] or columns < rows:
+        tensors["targets"] = torch.randint(columns, (rows,))
+    if case["weights"]:
+        tensors["weights"] = torch.rand(rows)
+    if case["labels"]:
+        tensors["query_labels"] = torch.randint(-2, 3, (rows,)) << 33
+        tensors["document_labels"] = torch.randint(-2, 3, (columns,)) << 33
+    tau = 0.3 * (dim**0.5 if case["similarity"] == "dot" else 1)
+    if case["temperature"] != "number":
+        tensors["temperature"] = torch.tensor(tau) if case["temperature"] == "scalar" else tau + torch.rand(rows)
+    options = {name: case[name] for name in ("similarity", "reduction", "label_smoothing")}
+    options["same_label"] = case["labels"] or "ignore"
+    if case["temperature"] == "number":
+        options["temperature"] = tau
+    return tensors, options
+
+
+def _with_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype) with x's strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+
+
+def results(
+    tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, ...], backend: str | None, wide: bool = False
+) -> dict[str, Tensor]:
+    """The loss and each gradient, for an upstream gradient that differs from row to row."""
+    leaves = {}
+    for name, x in tensors.items():
+        x = x.double() if wide and x.is_floating_point() else x.detach()
+        leaves[name] = x.requires_grad_(name in TRACKED and name not in frozen)
+    loss = ek.info_nce(**leaves, **options, backend=backend)
+    wanted = [name for name, x in leaves.items() if x.requires_grad]
+    upstream = torch.linspace(-1, 1.5, max(loss.numel(), 2), dtype=torch.float64)[: loss.numel()].reshape(loss.shape)
+    if not wanted:
+        return {"loss": loss}
+    gradients = torch.autograd.grad(loss, [leaves[name] for name in wanted], upstream.to(loss.dtype))
+    return {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}
+
+
+def check(tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, ...] = ()) -> None:
+    """The default backend against the reference in float64 and in float32: vectors by torch's own error.
+
+    A scalar may be exact in torch by chance, and τ's gradient is a sum of N·M terms of both signs: they may have an
+    error of 8 roundings of their largest summand as well.
+    """
+    ours = results(tensors, options, frozen, None)
+    exact = results(tensors, options, frozen, "reference", wide=True)
+    torchs = results(tensors, options, frozen, "reference")
+    assert ours.keys() == exact.keys()
+    for name in ours:
+        factor = 2 if name == "loss" else 3
+        if name in ("loss", "temperature", "weights"):
+            error, allowed = ((x[name].double() - exact[name]).abs().max() for x in (ours, torchs))
+            scale = exact[name].abs().max()
+            if name == "temperature" and tensors["temperature"].ndim == 0:
+                rows = {**tensors, "temperature": tensors["temperature"].expand(tensors["queries"].shape[0])}
+                scale = results(rows, options, frozen, "reference", wide=True)["temperature"].abs().sum()
+            assert error <= factor * allowed + 8 * 1.2e-7 * scale + 1e-7, f"{name}: error {error}, torch's {allowed}"
+        else:
+            assert_accurate(ours[name], exact[name], torchs[name], factor, name)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow reference")
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: f"{case['rows']}-{case['dim']}-{case['similarity']}")
+def test_pairs_of_options(variant: str, case: dict[str, Any]) -> None:
+    check(*build(case), case["frozen"])
+
+
+def test_same_as_sentence_transformers(variant: str) -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    theirs = losses.MultipleNegativesRankingLoss(None, scale=20.0)
+    for columns in (1, 3):  # pairs; two hard negatives, as column blocks
+        embeddings = [torch.randn(50, 24, requires_grad=True) for _ in range(1 + columns)]
+        wanted = theirs.compute_loss_from_embeddings(embeddings, None)
+        got = ek.info_nce(embeddings[0], torch.cat(embeddings[1:]))
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        for mine, other in zip(*(torch.autograd.grad(loss, embeddings) for loss in (got, wanted)), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
+
+
+def test_several_panels(variant: str) -> None:
+    """More queries than one panel holds, more dimensions than one product takes at a time."""
+    check({"queries": torch.randn(800, 20), "documents": torch.randn(900, 20)}, {"temperature": 0.1})
+    check({"queries": torch.randn(50, 1100), "documents": torch.randn(60, 1100)}, {"temperature": 0.1})
+
+
+# Corners
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_rows_with_nothing_but_their_positive(variant: str, similarity: str) -> None:
+    labels = torch.zeros(9, dtype=torch.int64)
+    alone = results({"queries": torch.randn(1, 5), "documents": torch.randn(1, 5), "temperature": torch.tensor(0.05)},
+                    {"similarity": similarity}, (), None)  # fmt: skip
+    hidden = results({"queries": torch.randn(9, 5), "documents": torch.randn(9, 5), "query_labels": labels,
+                      "document_labels": labels, "temperature": torch.full((9,), 1e-3)},
+                     {"similarity": similarity}, (), None)  # fmt: skip
+    for name, x in [*alone.items(), *hidden.items()]:
+        assert (x == 0).all(), f"{name}: {x}"
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-6, 1e3])
+def test_extreme_temperatures(variant: str, tau: float) -> None:
+    tensors = {"queries": torch.randn(130, 16), "documents": torch.randn(300, 16), "temperature": torch.tensor(tau)}
+    ours, exact = results(tensors, {}, (), None), results(tensors, {}, (), "reference", wide=True)
+    for name, x in ours.items():
+        assert torch.isfinite(x).all(), name
+        scale = exact[name].abs().max()
+        tolerance = max(2e-6, 2e-7 / tau) * scale  # a rounding of z = s / τ is 1e-7 / τ
+        assert (x.double() - exact[name]).abs().max() <= tolerance + 1e-6, name
+
+
+def test_identical_and_zero_vectors(variant: str) -> None:
+    same = {"queries": torch.ones(70, 8), "documents": torch.ones(70, 8), "temperature": torch.tensor(1e-3)}
+    got = results(same, {}, (), None)
+    torch.testing.assert_close(got["loss"], torch.tensor(70.0).log(), rtol=1e-5, atol=0)
+    assert all(torch.isfinite(x).all() for x in got.values())
+    zero = {"queries": torch.randn(7, 8), "documents": torch.randn(7, 8), "negatives": torch.zeros(7, 2, 8)}
+    zero["queries"][2] = zero["documents"][3] = 0
+    zero["queries"][4] = 1e-15  # shorter than what normalize divides by
+    check(zero, {})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_zero(variant: str, reduction: str) -> None:
+    tensors = {"queries": torch.randn(9, 5), "documents": torch.randn(9, 5), "weights": torch.zeros(9)}
+    got = results(tensors, {"reduction": reduction}, ("weights",), None)
+    assert all((x == 0).all() for x in got.values())
+
+
+def test_no_rows() -> None:
+    q, d = torch.randn(0, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    loss = ek.info_nce(q, d)
+    d_q, d_d = torch.autograd.grad(loss, (q, d))
+    assert loss == 0
+    assert d_q.shape == (0, 4)
+    assert (d_d == 0).all()
+
+
+def test_nan_reaches_the_rows_that_see_it(variant: str) -> None:
+    q, d = torch.randn(60, 8), torch.randn(200, 8)
+    q[3] = NAN
+    loss = ek.info_nce(q, d, reduction="none")
+    assert torch.isnan(loss).nonzero().flatten().tolist() == [3]
+    d[150] = NAN
+    assert torch.isnan(ek.info_nce(q, d, reduction="none")).all()
+    labels = torch.arange(200)
+    labels[150] = 5  # hidden from row 5 alone, where it is 5's duplicate
+    loss = ek.info_nce(q, d, reduction="none", query_labels=torch.arange(60), document_labels=labels)
+    assert not torch.isnan(loss[5])
+    assert torch.isnan(loss[6])
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    tensors = {"queries": torch.randn(60, 8), "documents": torch.randn(60, 8), "temperature": torch.tensor(0.1)}
+    whole = results(tensors, {}, (), None)
+    for frozen in (("documents",), ("queries",), ("queries", "documents"), ("temperature", "queries")):
+        part = results(tensors, {}, frozen, None)
+        for name, x in part.items():
+            assert torch.equal(x, whole[name]), (frozen, name)
+
+
+# torch's own machinery
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    tensors = {"queries": torch.randn(900, 33), "documents": torch.randn(1000, 33),
+               "negatives": torch.randn(900, 2, 33), "temperature": torch.rand(900) + 0.05}  # fmt: skip
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            runs.append(results(tensors, {"reduction": "none"}, (), None))
+    finally:
+        torch.set_num_threads(threads)
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name])
+        assert torch.equal(runs[0][name], runs[2][name])
+
+
+def test_opcheck() -> None:
+    q, d, tau = torch.randn(5, 7), torch.randn(6, 7, dtype=torch.bfloat16), torch.rand(5) + 0.1
+    labels = torch.arange(5), torch.arange(6)
+    everything = (q, d, torch.randn(5, 2, 7), torch.randn(5, 7), torch.arange(5), tau, *labels, True, torch.ones(5))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(OPS.info_nce.default, (*everything, True, True, True, True, True), test_utils=tests)
+    torch.library.opcheck(OPS.info_nce.default, (q, d, None, None, None, tau[0], None, None, False, None, False, False,
+                                                 False, False, False), test_utils=tests)  # fmt: skip
+
+
+def test_compile() -> None:
+    def step(q: Tensor, d: Tensor, tau: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        loss = ek.info_nce(q, d, temperature=tau, reduction=reduction, query_labels=labels, document_labels=labels)
+        return loss.square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for reduction, rows in (("mean", 9), ("none", 9), ("mean", 14)):
+        inputs = [torch.randn(rows, 6, requires_grad=True) for _ in range(2)]
+        inputs.append(torch.tensor(0.2, requires_grad=True))
+        labels = torch.arange(rows) // 2
+        got, wanted = (f(*inputs, labels, reduction) for f in (compiled, step))
+        torch.testing.assert_close(got, wanted)
+        for a, b in zip(*(torch.autograd.grad(loss, inputs) for loss in (got, wanted)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_and_a_grad_scaler() -> None:
+    q, d = (torch.randn(40, 16).half().requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("cpu", "reference"):
+            loss = ek.info_nce(q, d, temperature=1.0, backend=backend)
+            exact = ek.info_nce(q.double(), d.double(), temperature=1.0, backend="reference")
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, exact.float())
+    # Gradients below float16's smallest number survive, because the factor meets them in float32.
+    (tiny,) = torch.autograd.grad(ek.info_nce(q, d, temperature=50.0) * 1e-4, q, retain_graph=True)
+    (scaled,) = torch.autograd.grad(ek.info_nce(q, d, temperature=50.0) * 65536.0, q)
+    wide = q.detach().double().requires_grad_()
+    exact = ek.info_nce(wide, d.double(), temperature=50.0, backend="reference")
+    (wanted,) = torch.autograd.grad(exact * 65536.0, wide)
+    assert (tiny == 0).float().mean() > 0.5
+    torch.testing.assert_close(scaled.double(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_second_derivatives_raise() -> None:
+    q, d = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
+    for reduction in ("mean", "none"):
+        (first,) = torch.autograd.grad(ek.info_nce(q, d, reduction=reduction).sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            first.square().sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in (q, d)]
+    assert torch.autograd.gradgradcheck(lambda *x: ek.info_nce(*x, backend="reference"), wide)
+
+
+def test_function_alone() -> None:
+    q, d = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
+    wanted = torch.autograd.grad(ek.info_nce(q, d), (q, d))
+    for extra in ((), (None, None, None, 0.05), (*(None,) * 3, 0.05, "cosine", ("query_to_doc",), "joint", *(None,) * 2,
+                  "ignore", None, None, 0.0, "absolute", None, None, None, 0.0, 0.0, None, None, "mean", False, None,
+                  "reference")):  # fmt: skip
+        got = torch.autograd.grad(ek.InfoNCEFunction.apply(q, d, *extra), (q, d))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_metrics() -> None:
+    q, d, labels = torch.randn(30, 4), torch.randn(40, 4), torch.arange(40) // 2
+    q += 2 * d[:30]
+    loss, metrics = ek.info_nce(q, d, query_labels=labels[:30], document_labels=labels, return_metrics=True)
+    torch.testing.assert_close(loss, ek.info_nce(q, d, query_labels=labels[:30], document_labels=labels))
+    s = torch.nn.functional.cosine_similarity(q[:, None], d[None], dim=-1)
+    others = labels[:30, None] != labels
+    right = s.diagonal() >= s.masked_fill(~others, -1).amax(1)
+    assert 0 < right.sum() < 30
+    torch.testing.assert_close(metrics["accuracy"], right.float().mean())
+    torch.testing.assert_close(metrics["positive_similarity"], s.diagonal().mean())
+    torch.testing.assert_close(metrics["negative_similarity"], s[others].mean())
+
+
+def test_peak_memory() -> None:
+    """The N×M matrix would be 1 GiB; inputs and gradients are 4 MiB each."""
+    code = """
+import torch, embedkern as ek
+torch.set_num_threads(1)
+q, d = (torch.randn(16384, 64, requires_grad=True) for _ in range(2))
+ek.info_nce(q[:100], d[:100]).backward()
+open("/proc/self/clear_refs", "w").write("5")
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+before = status("VmRSS")
+ek.info_nce(q, d).backward()
+print(status("VmHWM") - before)
+"""
+    grown = float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    assert grown < 2 * 4 + 64, f"{grown} MiB"
+
+
+# Bad input
+
+
+def bad_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
+    q, d, ids = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
+    return [
+        ({"queries": [1.0]}, TypeError, "queries must be a tensor"),
+        ({"queries": torch.randn(4)}, ValueError, r"queries must have shape \(N, D\), got \(4,\)"),
+        ({"queries": q.long()}, TypeError, "queries must be floating point, got torch.int64"),
+        ({"queries": torch.randn(4, 0)}, ValueError, "queries must have D ≥ 1"),
+        ({"documents": torch.randn(5, 2)}, ValueError, r"documents must have shape \(5, 3\), got \(5, 2\)"),
+        ({"documents": torch.randn(0, 3)}, ValueError, "documents must have M ≥ 1"),
+        ({"documents": d.to("meta")}, ValueError, "documents must be on queries's device cpu, got meta"),
+        ({"documents": d[:3]}, ValueError, "documents must be at least as many as queries without targets, got 3 for"),
+        ({"negatives": torch.randn(5, 2, 3)}, ValueError, r"negatives must have shape \(4, 2, 3\), got \(5, 2, 3\)"),
+        ({"negatives": d}, ValueError, r"negatives must have shape \(N, K, D\), got \(5, 3\)"),
+        ({"positives": d}, ValueError, r"positives must have shape \(4, 3\), got \(5, 3\)"),
+        ({"targets": ids[:3]}, ValueError, r"targets must have shape \(4,\), got \(3,\)"),
+        ({"targets": ids.float()}, TypeError, "targets must be int32 or int64, got torch.float32"),
+        ({"targets": ids + 2}, ValueError, r"targets\[3\] must be in \[0, 5\), got 5"),
+        ({"targets": ids - 1}, ValueError, r"targets\[0\] must be in \[0, 5\), got -1"),
+        ({"temperature": 0.0}, ValueError, "temperature must be > 0, got 0.0"),
+        ({"temperature": NAN}, ValueError, "temperature must be > 0, got nan"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number or a tensor, got str"),
+        ({"temperature": torch.ones(3)}, ValueError, r"temperature must have shape \(4,\), got \(3,\)"),
+        ({"similarity": "l2"}, ValueError, r"similarity must be one of \('cosine', 'dot'\), got 'l2'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of"),
+        ({"same_label": "drop"}, ValueError, "same_label must be one of"),
+        ({"query_labels": ids}, ValueError, "query_labels and document_labels belong together, got only query_labels"),
+        ({"query_labels": ids, "document_labels": ids}, ValueError, r"document_labels must have shape \(5,\)"),
+        ({"weights": torch.ones(3)}, ValueError, r"weights must have shape \(4,\), got \(3,\)"),
+        ({"weights": ids}, TypeError, "weights must be floating point"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"directions": ("doc_to_doc",)}, ValueError, "directions must hold 'query_to_doc'"),
+        ({"directions": ("query_to_doc", "up")}, ValueError, "directions must be one of"),
+        ({"partition_mode": "both"}, ValueError, "partition_mode must be one of"),
+        ({"margin_strategy": "x"}, ValueError, "margin_strategy must be one of"),
+        ({"hardness_mode": "x"}, ValueError, "hardness_mode must be one of"),
+        ({"hardness_strength": -1.0}, ValueError, "hardness_strength must be ≥ 0"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"backend": "cpu", "queries": q.double()}, NotImplementedError, "queries is torch.float64"),
+        ({"backend": "cuda"}, NotImplementedError, "cuda"),
+        ({"directions": ("query_to_doc", "doc_to_query")}, NotImplementedError, "directions beyond query_to_doc"),
+        ({"partition_mode": "per_direction"}, NotImplementedError, "partition_mode"),
+        ({"guide_queries": q, "guide_documents": d}, NotImplementedError, "guide_queries"),
+        ({"negative_weights": torch.ones(5)}, NotImplementedError, "negative_weights"),
+        ({"hardness_mode": "all_negatives"}, NotImplementedError, "hardness_mode"),
+        ({"matryoshka_dims": (2, 3)}, NotImplementedError, "matryoshka_dims"),
+        ({"group": object()}, NotImplementedError, "group"),
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), bad_calls())
+def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"queries": torch.randn(4, 3), "documents": torch.randn(5, 3)}
+    with pytest.raises(error, match=message):
+        ek.info_nce(**{**good, **arguments})
+
+
+def test_targets_are_checked_in_the_reference_and_in_a_compiled_call() -> None:
+    q, d, targets = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 7])
+    compiled = torch.compile(lambda: ek.info_nce(q, d, targets=targets), fullgraph=True, backend="aot_eager")
+    for call in (compiled, lambda: ek.info_nce(q, d, targets=targets, backend="reference")):
+        with pytest.raises(ValueError, match=r"targets\[3\] must be in \[0, 5\), got 7"):
+            call()
+
+
+def test_explain() -> None:
+    q = torch.randn(4, 3)
+    choice, refused = ek.explain("info_nce", q, q)
+    assert choice == "cpu"
+    assert ek.explain("info_nce", q.double(), q.double()).choice == "reference"
+    assert set(refused) == {"cuda", "triton", "reference"}
+    assert reference.EPS == 1e-12
