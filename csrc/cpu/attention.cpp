@@ -473,12 +473,10 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
 
 // What both passes read of a head.
 template <class T>
-Ahead inputs_of(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head) {
-  Ahead ahead;
+void add_inputs(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
   ahead.add<T>(p.key, s, kv_head, s.k_start + s.k_first, s.visible, p.dim);
   ahead.add<T>(p.value, s, kv_head, s.k_start + s.k_first, s.visible, p.dim_v);
   ahead.add<T>(p.query, s, kv_head * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim);
-  return ahead;
 }
 
 template <class T>
@@ -487,7 +485,7 @@ void forward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t
   for (int64_t h = first; h < end; h++) {
     Ahead ahead;
     if (h + 1 < end && s.visible <= ahead_limit) {
-      ahead = inputs_of<T>(p, s, h + 1);
+      add_inputs<T>(p, s, h + 1, ahead);
       ahead.add<T>(p.out, s, (h + 1) * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim_v);
     }
     forward_typed<T>(p, s, h, chunk, scratch, ahead);
@@ -500,7 +498,7 @@ void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_
     Ahead ahead;
     if (h + 1 < end && s.visible <= ahead_limit) {
       const int64_t head = (h + 1) * (p.heads / p.kv_heads), key = s.k_start + s.k_first;
-      ahead = inputs_of<T>(p, s, h + 1);
+      add_inputs<T>(p, s, h + 1, ahead);
       ahead.add<T>(p.d_out, s, head, s.q_start, s.q_length, p.dim_v);
       ahead.add<T>(p.d_query, s, head, s.q_start, s.q_length, p.dim);
       ahead.add<T>(p.d_key, s, h + 1, key, s.visible, p.dim);
