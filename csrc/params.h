@@ -49,8 +49,8 @@ struct Strided {
   int64_t stride_b, stride_h, stride_t;
 };
 
-// Queries [q_start, q_start + q_length) of batch entry b; of its keys [k_start, k_start + k_length), `visible` are seen:
-// k_start + key[j], or without a list k_start + k_first + j.
+// Queries [q_start, q_start + q_length) of batch entry b; of its keys [k_start, k_start + k_length), `visible` are
+// seen: k_start + key[j], or without a list k_start + k_first + j.
 struct AttentionSequence {
   int64_t b, q_start, q_length, k_start, k_length;
   int64_t visible, k_first;
@@ -60,13 +60,13 @@ struct AttentionSequence {
 // out = softmax(scale · q·kᵀ / temperature) · v, and lse, over each sequence's visible keys.
 struct AttentionParams {
   int64_t heads, kv_heads, dim, dim_v;
-  DType dtype;                                // of query, key, value, out and their gradients
+  DType dtype;  // of query, key, value, out and their gradients
   Strided query, key, value, out;
-  Strided temperature, scale, lse;            // float; without data the number below
+  Strided temperature, scale, lse;  // float; without data the number below
   float temperature_number, scale_number;
-  Strided d_out, d_lse;                       // d_lse float
+  Strided d_out, d_lse;  // d_lse float
   Strided d_query, d_key, d_value;
-  Strided d_temperature, d_scale;             // float, one for each row
+  Strided d_temperature, d_scale;  // float, one for each row
 };
 
 // Vectors (rows, dim) of one of InfoNCE's inputs; data is null where there is none.

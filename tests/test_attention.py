@@ -1,4 +1,4 @@
-"""attention against its float64 reference: every layout, dtype, option and CPU variant; bad input; torch's machinery."""
+"""attention against its float64 reference: every layout, dtype, option and CPU variant; bad input; torch."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import embedkern as ek
+import embedkern.nn
 from embedkern.reference import infonce as reference
 from embedkern.schema import OPS
 
@@ -315,6 +316,19 @@ def test_function_alone() -> None:
         got = torch.autograd.grad(ek.InfoNCEFunction.apply(q, d, *extra), (q, d))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_module() -> None:
+    q, d = torch.randn(9, 4), torch.randn(9, 4)
+    fixed = ek.nn.InfoNCELoss(0.2, reduction="sum")
+    learnable = ek.nn.InfoNCELoss(0.2, learnable_temperature=True, reduction="sum")
+    assert list(fixed.parameters()) == []
+    torch.testing.assert_close(fixed(q, d), learnable(q, d))
+    torch.testing.assert_close(fixed(q, d), ek.info_nce(q, d, temperature=0.2, reduction="sum"))
+    tau = torch.tensor(0.2, requires_grad=True)
+    (wanted,) = torch.autograd.grad(ek.info_nce(q, d, temperature=tau, reduction="sum"), tau)
+    learnable(q, d).backward()
+    torch.testing.assert_close(learnable.log_temperature.grad, wanted * tau)
 
 
 def test_metrics() -> None:

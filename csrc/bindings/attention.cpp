@@ -199,7 +199,8 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
     for (int64_t i = 0; i * ek::attention_chunk < p.rows(s); i++) chunks.push_back({&s, i});
   }
   const ek::AttentionKernels& kernels = ek::variant().attention;
-  const int64_t items = int64_t(chunks.size()), heads = p.heads_at_once(items), parts = (p.kv_heads + heads - 1) / heads;
+  const int64_t items = int64_t(chunks.size()), heads = p.heads_at_once(items),
+                parts = (p.kv_heads + heads - 1) / heads;
   ek::for_tasks(items * parts, p.work(), p.scratch(false), [&](int64_t i, float* scratch) {
     const Chunk& chunk = chunks[size_t(i / parts)];
     const int64_t first = i % parts * heads;

@@ -74,18 +74,28 @@ void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64
             int64_t ld, Ahead& ahead) {
   const int64_t n = s.visible, dim_padded = round_up(dim, W);
   for (int64_t j = 0; j < n; j += W) {
+    const int live = int(least(W, n - j));
     const T* rows[W];
-    for (int i = 0; i < W; i++) rows[i] = key_row<T>(x, s, kv_head, least(j + i, n - 1));
-    for (int i = 0; i < W; i++) ahead.step();
+    for (int i = 0; i < W; i++) rows[i] = key_row<T>(x, s, kv_head, j + least(i, live - 1));
+    for (int i = 0; i < live; i++) ahead.step();
     for (int64_t c = 0; c < dim; c += W) {
       Vec tile[W];
+      if (c + W <= dim) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i++) tile[i] = load_at(rows[i], c, dim);
-      for (int i = 0; plain && i < least(W, n - j); i++) store(plain + (j + i) * dim_padded + c, tile[i]);
+        for (int i = 0; i < W; i++) tile[i] = load(rows[i] + c);
+      } else {
+        for (int i = 0; i < W; i++) tile[i] = load_first(rows[i] + c, dim - c);
+      }
+      for (int i = 0; plain && i < live; i++) store(plain + (j + i) * dim_padded + c, tile[i]);
       if (!transposed) continue;
-      for (int i = int(least(W, n - j)); i < W; i++) tile[i] = Vec{};
+      for (int i = live; i < W; i++) tile[i] = Vec{};
       transpose(tile);
-      for (int i = 0; i < least(W, dim - c); i++) store(transposed + (c + i) * ld + j, tile[i]);
+      if (c + W <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) store(transposed + (c + i) * ld + j, tile[i]);
+      } else {
+        for (int i = 0; i < dim - c; i++) store(transposed + (c + i) * ld + j, tile[i]);
+      }
     }
   }
 }
@@ -123,29 +133,60 @@ void scatter_rows(const Strided& to, Row row, int64_t m, int64_t dim, const floa
 template <class T>
 void scatter_keys(const Strided& to, const AttentionSequence& s, int64_t kv_head, int64_t dim, const float* x,
                   Ahead& ahead) {
-  const AttentionSequence all = {s.b, 0, 0, s.k_start, s.k_length, s.k_length, 0, nullptr};
+  T* row = static_cast<T*>(to.data) + s.b * to.stride_b + kv_head * to.stride_h + s.k_start * to.stride_t;
   int64_t j = 0;
-  for (int64_t t = 0; t < s.k_length; t++) {
-    const bool visible = j < s.visible && t == (s.key ? s.key[j] : s.k_first + j);
-    T* out = key_row<T>(to, all, kv_head, t);
+  for (int64_t t = 0; t < s.k_length; t++, row += to.stride_t) {
     ahead.step();
-    for (int64_t c = 0; c < dim; c += W) {
-      store_at(out, c, dim, visible ? load(x + j * round_up(dim, W) + c) : Vec{});
+    if (j < s.visible && t == (s.key ? s.key[j] : s.k_first + j)) {
+      for (int64_t c = 0; c < dim; c += W) store_at(row, c, dim, load(x + c));
+      x += round_up(dim, W);
+      j++;
+    } else {
+      for (int64_t c = 0; c < dim; c += W) store_at(row, c, dim, Vec{});
     }
-    j += visible;
   }
 }
 
-// scale, temperature and 1 / temperature of m rows. Beyond these bounds nothing changes any more, and within them
-// nothing overflows.
-void row_factors(const AttentionParams& p, Row row, int64_t m, float* scale, float* temperature, float* inverse) {
-  for (int64_t i = 0; i < m; i++, row.next()) {
-    const float tau = p.temperature.data ? *row.in<float>(p.temperature) : p.temperature_number;
-    scale[i] = p.scale.data ? *row.in<float>(p.scale) : p.scale_number;
-    temperature[i] = tau < 1e-30f ? 1e-30f : tau > 1e30f ? 1e30f : tau;
-    inverse[i] = 1 / temperature[i];
+// What each row of a block has: q = scale · query, and e^(x / temperature) as 2^(c x), c = 1 / (temperature ln 2) =
+// high + low, x >= least, below which it is 0.
+struct Factors {
+  float *scale, *inverse, *high, *low, *least;
+
+  Factors(Scratch& scratch, int64_t rows)
+      : scale(scratch.take(rows + W)),
+        inverse(scratch.take(rows + W)),
+        high(scratch.take(rows + W)),
+        low(scratch.take(rows + W)),
+        least(scratch.take(rows + W)) {}
+
+  void set(int64_t i, float scale_given, float temperature) {
+    // Beyond these bounds nothing changes any more, and within them nothing overflows.
+    const float tau = temperature < 1e-30f ? 1e-30f : temperature > 1e30f ? 1e30f : temperature;
+    const double c = 1.4426950408889634 / tau;
+    scale[i] = scale_given;
+    inverse[i] = 1 / tau;
+    high[i] = float(c);
+    low[i] = float(c - double(high[i]));
+    least[i] = float(-127 / c);
   }
-}
+  void of_rows(const AttentionParams& p, Row row, int64_t m) {
+    for (int64_t i = 0; i < m; i++, row.next()) {
+      set(i, p.scale.data ? *row.in<float>(p.scale) : p.scale_number,
+          p.temperature.data ? *row.in<float>(p.temperature) : p.temperature_number);
+    }
+  }
+  // Numbers hold for every block: once is enough. The divisions took a tenth of the time at L = 32.
+  void of_all(const AttentionParams& p, int64_t rows) {
+    if (p.scale.data || p.temperature.data) return;
+    set(0, p.scale_number, p.temperature_number);
+    for (float* x : {scale, inverse, high, low, least}) {
+      for (int64_t i = 1; i < rows; i++) x[i] = x[0];
+    }
+  }
+  void of_block(const AttentionParams& p, const Row& row, int64_t m) {
+    if (p.scale.data || p.temperature.data) of_rows(p, row, m);
+  }
+};
 
 // One value for each of W rows from the vectors that hold their lanes' partial results.
 template <class Combine>
@@ -161,43 +202,34 @@ EK_INLINE Vec across(Vec* partial, const Combine& combine) {
 constexpr auto add = [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; };
 constexpr auto maximum = [](Vec a, Vec b) __attribute__((always_inline)) { return larger(a, b); };
 
-// e^(x / temperature) as 2^(c x), for a row's c = 1 / (temperature ln 2), in two floats so that c's own rounding
-// doesn't grow with x; x <= 0. With c x = n + f, |f| <= ½: 2^n from the bits of the sum that rounds c x, exponent bias
-// included, and a polynomial for 2^f (relative error 2e-9). 0 below 2^-126, NaN for NaN; 18 instructions, exp() has 28.
-struct Power {
-  Vec high, low, least;
-
-  EK_INLINE explicit Power(float temperature) {
-    const double c = 1.4426950408889634 / temperature;
-    high = splat(float(c));
-    low = splat(float(c - double(float(c))));
-    least = splat(float(-127 / c));
-  }
-  EK_INLINE Vec operator()(Vec x) const {
-    constexpr float rounder = 0x1.8p23f + 127;
-    x = larger(least, x);  // this way round NaN stays NaN
-    const Vec shifted = x * high + rounder;
-    const Vec f = x * low + (x * high - (shifted - rounder));
-    Vec y = 1.5345810970757e-4f * f + 1.3399930903688e-3f;
-    y = y * f + 9.6184890717268e-3f;
-    y = y * f + 5.5503286421299e-2f;
-    y = y * f + 2.4022646248341e-1f;
-    y = y * f + 6.9314718246460e-1f;
-    y = y * f + 1.0f;
-    return y * (Vec)((UVec)shifted << 23);
-  }
-};
+// 2^(c x) for x <= 0, c in two floats so that its own rounding doesn't grow with x. With c x = n + f, |f| <= ½: 2^n
+// from the bits of the sum that rounds c x, exponent bias included, and a polynomial for 2^f (relative error 2e-9). 0
+// below 2^-126, NaN for NaN; 18 instructions, exp() has 28.
+EK_INLINE Vec power(Vec x, Vec high, Vec low, Vec least) {
+  constexpr float rounder = 0x1.8p23f + 127;
+  x = larger(least, x);  // this way round NaN stays NaN
+  const Vec shifted = x * high + rounder;
+  const Vec f = x * low + (x * high - (shifted - rounder));
+  Vec y = 1.5345810970757e-4f * f + 1.3399930903688e-3f;
+  y = y * f + 9.6184890717268e-3f;
+  y = y * f + 5.5503286421299e-2f;
+  y = y * f + 2.4022646248341e-1f;
+  y = y * f + 6.9314718246460e-1f;
+  y = y * f + 1.0f;
+  return y * (Vec)((UVec)shifted << 23);
+}
 
 // z (m, n) → exp((z - top) / temperature) in place; top: each row's maximum, sum: of its exponentials. The maximum goes
 // before the division by temperature, which may overflow.
-void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* temperature, float* top, float* sum,
+void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const Factors& factors, float* top, float* sum,
                   Ahead& ahead) {
   const int64_t whole = n / W * W;
   IVec tail;
   for (int lane = 0; lane < W; lane++) tail[lane] = lane < n - whole ? -1 : 0;
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
-    Vec partial[W] = {};
+    Vec partial[W];
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
       if (whole < n) store(row + whole, select(tail, load(row + whole), splat(-__builtin_inff())));
@@ -214,42 +246,42 @@ void exponentials(float* z, int64_t ld, int64_t m, int64_t n, const float* tempe
     for (int64_t r = 0; r < rows; r++) {
       float* row = z + (i + r) * ld;
       const Vec shift = splat(top[i + r]);
-      const Power power(temperature[i + r]);
+      const Vec high = splat(factors.high[i + r]), low = splat(factors.low[i + r]),
+                low_end = splat(factors.least[i + r]);
       ahead.step();
       Vec total{}, other{};
       int64_t j = 0;
       for (; j + W < n; j += 2 * W) {  // two at a time: they share the loads of the constants
-        const Vec e = power(load(row + j) - shift);
-        const Vec f = power(load(row + j + W) - shift);
+        const Vec e = power(load(row + j) - shift, high, low, low_end);
+        const Vec f = power(load(row + j + W) - shift, high, low, low_end);
         store(row + j, e);
         store(row + j + W, f);
         total += e;
         other += f;
       }
       if (j < n) {
-        const Vec e = power(load(row + j) - shift);
+        const Vec e = power(load(row + j) - shift, high, low, low_end);
         store(row + j, e);
         total += e;
       }
       partial[r] = total + other;
     }
-    for (int64_t r = rows; r < W; r++) partial[r] = splat(1.0f);
+    for (int64_t r = rows; r < W; r++) partial[r] = splat(1.0f);  // to be divided by, unused
     store(sum + i, across(partial, add));
   }
 }
 
 // What a block of rows needs, forward and backward.
 struct Block {
-  float *scale, *temperature, *inverse, *top, *sum, *factor;  // of each row
+  Factors factors;
+  float *top, *sum, *reciprocal;  // of each row
   float *q, *scores;
 
   Block(Scratch& scratch, int64_t rows, int64_t dim, int64_t ld)
-      : scale(scratch.take(rows + W)),
-        temperature(scratch.take(rows + W)),
-        inverse(scratch.take(rows + W)),
+      : factors(scratch, rows),
         top(scratch.take(rows + W)),
         sum(scratch.take(rows + W)),
-        factor(scratch.take(rows + W)),
+        reciprocal(scratch.take(rows + W)),
         q(scratch.take(rows * round_up(dim, W))),
         scores(scratch.take(rows * ld)) {}
 };
@@ -257,11 +289,12 @@ struct Block {
 // q = scale · query, scores = exp((q·kᵀ - top) / temperature)
 template <class T>
 void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const float* k_transposed,
-           int64_t ld, const Block& b, Ahead& ahead) {
-  row_factors(p, row, m, b.scale, b.temperature, b.inverse);
-  gather_rows<T>(p.query, row, m, p.dim, b.scale, b.q, ahead);
+           int64_t ld, Block& b, Ahead& ahead) {
+  b.factors.of_block(p, row, m);
+  gather_rows<T>(p.query, row, m, p.dim, b.factors.scale, b.q, ahead);
   gemm<false>(m, round_up(s.visible, W), p.dim, b.q, round_up(p.dim, W), 1, k_transposed, ld, b.scores, ld);
-  exponentials(b.scores, ld, m, s.visible, b.temperature, b.top, b.sum, ahead);
+  exponentials(b.scores, ld, m, s.visible, b.factors, b.top, b.sum, ahead);
+  for (int64_t i = 0; i < m; i += W) store(b.reciprocal + i, 1 / load(b.sum + i));
 }
 
 template <class T>
@@ -281,7 +314,8 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   Scratch scratch{memory};
   float *k_transposed = scratch.take(p.dim * ld), *v = scratch.take(n * dim_v);
   float* out = scratch.take(block * dim_v);
-  const Block b(scratch, block, p.dim, ld);
+  Block b(scratch, block, p.dim, ld);
+  b.factors.of_all(p, block);
   gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld, ahead);
   gather<T>(p.value, s, kv_head, p.dim_v, v, nullptr, 0, ahead);
   for (int64_t start = chunk * attention_chunk; start < end; start += block) {
@@ -289,12 +323,10 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
     Row row(p, s, kv_head, start);
     weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
     gemm<false>(m, dim_v, n, b.scores, ld, 1, v, dim_v, out, dim_v);
+    scatter_rows<T>(p.out, row, m, p.dim_v, b.reciprocal, out, ahead);
     for (int64_t i = 0; i < m; i += W) {
-      const Vec sum = load(b.sum + i);
-      store(b.factor + i, 1 / sum);
-      store(b.top + i, load(b.top + i) * load(b.inverse + i) + log(sum));
+      store(b.top + i, load(b.top + i) * load(b.factors.inverse + i) + log(load(b.sum + i)));
     }
-    scatter_rows<T>(p.out, row, m, p.dim_v, b.factor, out, ahead);
     for (int64_t i = 0; i < m; i++, row.next()) *row.in<float>(p.lse) = b.top[i];
   }
 }
@@ -308,7 +340,8 @@ void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n
                       const float* factor, float* excess, Ahead& ahead) {
   for (int64_t i = 0; i < m; i += W) {
     const int64_t rows = least(W, m - i);
-    Vec partial[W] = {};
+    Vec partial[W];
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     for (int64_t r = 0; r < rows; r++) {
       ahead.step();
       const int64_t row = (i + r) * ld;
@@ -329,7 +362,18 @@ void softmax_backward(const float* e, float* d, int64_t ld, int64_t m, int64_t n
       }
       partial[r] = total;
     }
+    for (int64_t r = rows; r < W; r++) partial[r] = Vec{};
     if (with_excess) store(excess + i, across(partial, add) - load(d_lse + i));
+  }
+}
+
+// sum (n, dim) = or += panelᵀ · x, of m rows
+void add_product(bool add, int64_t n, int64_t dim, int64_t m, const float* panel, int64_t ld, const float* x,
+                 float* sum) {
+  if (add) {
+    gemm<true>(n, dim, m, panel, 1, ld, x, dim, sum, dim);
+  } else {
+    gemm<false>(n, dim, m, panel, 1, ld, x, dim, sum, dim);
   }
 }
 
@@ -342,7 +386,7 @@ void row_gradients(const AttentionParams& p, Row row, int64_t m, const float* d_
     const T* query = row.in<T>(p.query);
     Vec total{};
     for (int64_t c = 0; c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d_q + i * round_up(p.dim, W) + c);
-    const float along = sum_lanes(total), scale = b.scale[i], inverse = b.inverse[i];
+    const float along = sum_lanes(total), scale = b.factors.scale[i], inverse = b.factors.inverse[i];
     const float d_z = scale * along - excess[i] * b.top[i];  // Σ_j dU_ij z_ij
     if (p.d_scale.data) *row.in<float>(p.d_scale) = (scale == 0 ? along : d_z / scale) * inverse;
     if (p.d_temperature.data) *row.in<float>(p.d_temperature) = -d_z * inverse * inverse;
@@ -362,48 +406,50 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   float *k = scratch.take(n * dim), *k_transposed = scratch.take(p.dim * ld),
         *v_transposed = scratch.take(p.dim_v * ld);
   float *d_k = scratch.take(n * dim), *d_v = scratch.take(n * dim_v);
-  const Block b(scratch, block, p.dim, ld);
+  Block b(scratch, block, p.dim, ld);
+  b.factors.of_all(p, block);
   float *d_scores = scratch.take(block * ld), *d_out = scratch.take(block * dim_v), *d_q = scratch.take(block * dim);
-  float *d_lse = scratch.take(block + W), *excess = scratch.take(block + W);
+  float *d_lse = scratch.take(block + W), *excess = scratch.take(block + W), *ones = scratch.take(block + W);
   gather<T>(p.key, s, kv_head, p.dim, k, k_transposed, ld, ahead);
   gather<T>(p.value, s, kv_head, p.dim_v, nullptr, v_transposed, ld, ahead);
-  for (int64_t i = 0; i < n * dim; i += W) store(d_k + i, Vec{});
-  for (int64_t i = 0; i < n * dim_v; i += W) store(d_v + i, Vec{});
+  for (int64_t i = 0; i < block; i++) ones[i] = 1, d_lse[i] = 0;
+  if (all == 0) {  // no block writes them
+    for (int64_t i = 0; i < n * dim; i += W) store(d_k + i, Vec{});
+    for (int64_t i = 0; i < n * dim_v; i += W) store(d_v + i, Vec{});
+  }
 
   for (int64_t start = 0; start < all; start += block) {
     const int64_t m = least(block, all - start);
     Row row(p, s, kv_head, start);
     if (n == 0) {
-      row_factors(p, row, m, b.scale, b.temperature, b.inverse);
+      b.factors.of_block(p, row, m);
       for (int64_t i = 0; i < m; i++) b.top[i] = excess[i] = 0;
       for (int64_t i = 0; i < m * dim; i++) d_q[i] = 0;
     } else {
       weigh<T>(p, s, row, m, k_transposed, ld, b, ahead);
-      for (int64_t i = 0; i < m; i += W) store(b.factor + i, 1 / load(b.sum + i));
-      for (int64_t i = 0; i < m; i++) b.sum[i] = 1;
-      gather_rows<T>(p.d_out, row, m, p.dim_v, b.sum, d_out, ahead);
+      gather_rows<T>(p.d_out, row, m, p.dim_v, ones, d_out, ahead);
       if (scores_wanted) gemm<false>(m, n_padded, p.dim_v, d_out, dim_v, 1, v_transposed, ld, d_scores, ld);
       if (p.d_value.data) {
-        scale_rows(d_out, m, dim_v, b.factor);
-        gemm<true>(n, dim_v, m, b.scores, 1, ld, d_out, dim_v, d_v, dim_v);
+        scale_rows(d_out, m, dim_v, b.reciprocal);
+        add_product(start > 0, n, dim_v, m, b.scores, ld, d_out, d_v);
       }
       if (!scores_wanted) continue;
       Row r = row;
-      for (int64_t i = 0; i < m; i++, r.next()) d_lse[i] = p.d_lse.data ? *r.in<float>(p.d_lse) : 0;
+      for (int64_t i = 0; p.d_lse.data && i < m; i++, r.next()) d_lse[i] = *r.in<float>(p.d_lse);
       if (rows_wanted) {
-        softmax_backward<true>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+        softmax_backward<true>(b.scores, d_scores, ld, m, n, d_lse, b.reciprocal, excess, ahead);
       } else {
-        softmax_backward<false>(b.scores, d_scores, ld, m, n, d_lse, b.factor, excess, ahead);
+        softmax_backward<false>(b.scores, d_scores, ld, m, n, d_lse, b.reciprocal, excess, ahead);
       }
       if (p.d_query.data || rows_wanted) gemm<false>(m, dim, n, d_scores, ld, 1, k, dim, d_q, dim);
       if (p.d_key.data) {
-        scale_rows(b.q, m, dim, b.inverse);
-        gemm<true>(n, dim, m, d_scores, 1, ld, b.q, dim, d_k, dim);
+        if (p.temperature.data || p.temperature_number != 1) scale_rows(b.q, m, dim, b.factors.inverse);
+        add_product(start > 0, n, dim, m, d_scores, ld, b.q, d_k);
       }
     }
     if (rows_wanted) row_gradients<T>(p, row, m, d_q, b, excess);
-    for (int64_t i = 0; i < m; i++) b.factor[i] = b.scale[i] * b.inverse[i];
-    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.factor, d_q, ahead);
+    for (int64_t i = 0; i < m; i++) b.sum[i] = b.factors.scale[i] * b.factors.inverse[i];
+    if (p.d_query.data) scatter_rows<T>(p.d_query, row, m, p.dim, b.sum, d_q, ahead);
   }
   if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, d_k, ahead);
   if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v, ahead);
@@ -427,12 +473,10 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
 
 // What both passes read of a head.
 template <class T>
-Ahead inputs_of(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head) {
-  Ahead ahead;
+void add_inputs(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
   ahead.add<T>(p.key, s, kv_head, s.k_start + s.k_first, s.visible, p.dim);
   ahead.add<T>(p.value, s, kv_head, s.k_start + s.k_first, s.visible, p.dim_v);
   ahead.add<T>(p.query, s, kv_head * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim);
-  return ahead;
 }
 
 template <class T>
@@ -441,7 +485,7 @@ void forward_heads(const AttentionParams& p, const AttentionSequence& s, int64_t
   for (int64_t h = first; h < end; h++) {
     Ahead ahead;
     if (h + 1 < end && s.visible <= ahead_limit) {
-      ahead = inputs_of<T>(p, s, h + 1);
+      add_inputs<T>(p, s, h + 1, ahead);
       ahead.add<T>(p.out, s, (h + 1) * (p.heads / p.kv_heads), s.q_start, s.q_length, p.dim_v);
     }
     forward_typed<T>(p, s, h, chunk, scratch, ahead);
@@ -454,7 +498,7 @@ void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_
     Ahead ahead;
     if (h + 1 < end && s.visible <= ahead_limit) {
       const int64_t head = (h + 1) * (p.heads / p.kv_heads), key = s.k_start + s.k_first;
-      ahead = inputs_of<T>(p, s, h + 1);
+      add_inputs<T>(p, s, h + 1, ahead);
       ahead.add<T>(p.d_out, s, head, s.q_start, s.q_length, p.dim_v);
       ahead.add<T>(p.d_query, s, head, s.q_start, s.q_length, p.dim);
       ahead.add<T>(p.d_key, s, h + 1, key, s.visible, p.dim);

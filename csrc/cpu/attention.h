@@ -20,7 +20,7 @@ static inline int64_t attention_block(int64_t keys, int64_t rows) {
 static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t keys, int64_t rows, bool backward) {
   const int64_t stride = attention_stride(keys), block = attention_block(keys, rows) + 16;
   const int64_t dims = p.dim + p.dim_v + 32;
-  return dims * (stride + block) + block * (stride + 16) +  // forward
+  return dims * (stride + block) + block * (stride + 24) +  // forward
          (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
 }
 

@@ -172,25 +172,28 @@ EK_INLINE Vec log(Vec x) {
   return select(x != x, x, f + y + e * 0.693359375f);
 }
 
-template <int high, int... lane>
-EK_INLINE Vec zip(Vec a, Vec b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (high * W / 2 + lane / 2 + lane % 2 * W)...);
+// Of the 2 × 2 blocks of `step` lanes that a and b make up: the upper row, or the lower one, of the transposed.
+template <int step, int... lane>
+EK_INLINE Vec upper(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane & step ? W + lane - step : lane)...);
+}
+template <int step, int... lane>
+EK_INLINE Vec lower(Vec a, Vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane & step ? W + lane : lane + step)...);
 }
 
-// W vectors as a W × W matrix: each of log2 W perfect shuffles rotates the bits of (row, lane) by one.
+// W vectors as a W × W matrix: blocks of W / 2 lanes first, down to single ones.
+template <int step = W / 2>
 EK_INLINE void transpose(Vec* x) {
   constexpr std::make_integer_sequence<int, W> lanes;
-#pragma GCC unroll 4
-  for (int step = 1; step < W; step *= 2) {
-    Vec y[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; i++) {
-      y[2 * i] = zip<0>(x[i], x[i + W / 2], lanes);
-      y[2 * i + 1] = zip<1>(x[i], x[i + W / 2], lanes);
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i++) x[i] = y[i];
+  for (int i = 0; i < W; i++) {
+    if (i & step) continue;
+    const Vec a = x[i], b = x[i + step];
+    x[i] = upper<step>(a, b, lanes);
+    x[i + step] = lower<step>(a, b, lanes);
   }
+  if constexpr (step > 1) transpose<step / 2>(x);
 }
 
 }  // namespace

@@ -487,9 +487,8 @@ def _backward(
     gradients = ctx.backend.backward(
         d_out, d_lse, query, key, value, *places, tau, tau_number, factor, factor_number, *needs
     )
-    wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
-    for i, dtype in enumerate(ctx.dtypes, start=3):
-        wanted[i] = wanted[i].to(dtype) if needs[i] else None
+    dtypes = (query.dtype, key.dtype, value.dtype, *ctx.dtypes)
+    wanted = [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, dtypes, strict=True)]
     return common.first_derivatives("attention", *wanted)
 
 
