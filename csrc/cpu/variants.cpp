@@ -18,19 +18,23 @@ DECLARE(wide)
 #endif
 #if defined(__x86_64__)
 DECLARE(avx2)
-DECLARE(avx512)
-DECLARE(avx512_bf16)
 static const bool has_avx2 =
     __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#if defined(EK_AVX512)
+DECLARE(avx512)
+DECLARE(avx512_bf16)
 static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 
 static const std::vector<Variant> all = {
-#if defined(__x86_64__)
+#if defined(EK_AVX512)
     VARIANT(avx512_bf16, has_bf16),
     VARIANT(avx512, has_avx512),
+#endif
+#if defined(__x86_64__)
     VARIANT(avx2, has_avx2),
 #endif
     VARIANT(portable, true),
