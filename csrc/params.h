@@ -89,8 +89,11 @@ struct InfoNCEParams {
   int64_t temperature_stride;      // 0 or 1
   const int64_t* query_labels;     // (n); null: no labels
   const int64_t* document_labels;  // (m)
-  const float* d_loss;             // (n); null without any gradient
-  float* loss;                     // (n)
+  bool same_positive;              // a document with the query's label is a positive too; or else it is left out
+  float label_smoothing;
+  const float* d_loss;  // (n); null without any gradient
+  float* loss;          // (n)
+  float* metrics;  // (n, 4) or null: does nothing beat the positive, its similarity, Σ and number of the negatives'
   // Gradients, null where they aren't wanted, contiguous.
   float* d_queries;      // (n, dim)
   float* d_documents;    // (m, padded_dim)
@@ -101,6 +104,7 @@ struct InfoNCEParams {
   int64_t padded_dim, stride;
   float* unit_documents;  // (m, stride): d̂
   float* document_norm;   // (m)
+  float* document_sum;    // (stride): Σ_j d̂_j; null without smoothing and metrics
   // Scratch of a panel: queries panel_begin to panel_end. Groups of infonce_rows of them stand together.
   int64_t panel_begin, panel_end;
   float* unit_queries;    // (panel, stride): q̂ / τ
@@ -108,6 +112,8 @@ struct InfoNCEParams {
   float* block_max;       // (groups, blocks of m, infonce_rows)
   float* row_max;         // (panel)
   float* row_scale;       // (panel): d_loss / Σ_j exp(z_ij - row_max)
+  float* row_spread;      // (panel): d_loss times the target weight of each visible column
+  float* row_share;       // (panel): the same, in addition, of each document with the query's label
   float* positive_scale;  // (panel): the derivative by the positive's z
 };
 

@@ -103,7 +103,10 @@ def _info_nce(
     temperature: Tensor,
     query_labels: Tensor | None,
     document_labels: Tensor | None,
+    same_positive: bool,
+    label_smoothing: float,
     cosine: bool,
+    metrics: bool,
     d_loss: Tensor | None,
     d_queries: bool,
     d_documents: bool,
@@ -115,6 +118,7 @@ def _info_nce(
     k = 0 if negatives is None else negatives.shape[1]
     wanted = (
         (True, (n,)),
+        (metrics, (n, 4)),
         (d_queries, (n, dim)),
         (d_documents, (documents.shape[0], (dim + 15) // 16 * 16)),
         (d_negatives, (n, k, dim)),
@@ -151,9 +155,10 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
     "info_nce": (
         "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, Tensor temperature, "
-        "Tensor? query_labels, Tensor? document_labels, bool cosine, Tensor? d_loss, bool d_queries, bool d_documents, "
-        "bool d_negatives, bool d_positives, bool d_temperature) -> (Tensor loss, Tensor d_queries, "
-        "Tensor d_documents, Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
+        "Tensor? query_labels, Tensor? document_labels, bool same_positive, float label_smoothing, bool cosine, "
+        "bool metrics, Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, "
+        "bool d_temperature) -> (Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_documents, "
+        "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,
     ),
 }

@@ -35,16 +35,18 @@ std::vector<int64_t> checked_targets(const OptionalTensor& targets, int64_t n, i
   return values;
 }
 
-// loss (n,) and the gradients of Σ d_loss · loss, float32; those not wanted are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
+// loss (n,), metrics (n, 4) and the gradients of Σ d_loss · loss, float32; those not wanted are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
     Tensor queries, Tensor documents, OptionalTensor negatives, OptionalTensor positives, OptionalTensor targets,
-    Tensor temperature, OptionalTensor query_labels, OptionalTensor document_labels, bool cosine, OptionalTensor d_loss,
-    bool d_queries, bool d_documents, bool d_negatives, bool d_positives, bool d_temperature) {
+    Tensor temperature, OptionalTensor query_labels, OptionalTensor document_labels, bool same_positive,
+    double label_smoothing, bool cosine, bool metrics, OptionalTensor d_loss, bool d_queries, bool d_documents,
+    bool d_negatives, bool d_positives, bool d_temperature) {
   InfoNCEParams p{};
   p.n = queries.size(0);
   p.m = documents.size(0);
   p.dim = queries.size(1);
   p.cosine = cosine;
+  p.label_smoothing = float(label_smoothing);
   queries = ek::with_unit_stride(queries);
   documents = ek::with_unit_stride(documents);
   p.queries = vectors_of(queries);
@@ -67,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
     labels_of_documents = ek::integers(*document_labels);
     p.query_labels = labels_of_queries.data();
     p.document_labels = labels_of_documents.data();
+    p.same_positive = same_positive;
   }
   temperature = torch::stable::contiguous(temperature);
   p.temperature = temperature.const_data_ptr<float>();
@@ -88,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
     return result;
   };
   Tensor loss = wanted(true, p.loss, {p.n});
+  Tensor row_metrics = wanted(metrics, p.metrics, {p.n, 4});
   Tensor queries_gradient = wanted(d_queries, p.d_queries, {p.n, p.dim});
   Tensor documents_gradient = wanted(d_documents, p.d_documents, {p.m, p.padded_dim});
   Tensor negatives_gradient = wanted(d_negatives, p.d_negatives, {p.n, p.k, p.dim});
@@ -99,16 +103,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
   const int64_t groups = panel / ek::infonce_rows, blocks = (p.m + ek::infonce_block - 1) / ek::infonce_block;
   Tensor unit_documents = wanted(true, p.unit_documents, {p.m, p.stride});
   Tensor document_norm = wanted(true, p.document_norm, {p.m});
+  Tensor document_sum = wanted(metrics || label_smoothing != 0, p.document_sum, {p.stride});
   Tensor unit_queries = wanted(true, p.unit_queries, {panel, p.stride});
   Tensor exponentials = wanted(d_documents, p.exponentials, {groups, p.m, ek::infonce_rows});
   Tensor block_max = wanted(d_documents, p.block_max, {groups, blocks, ek::infonce_rows});
-  Tensor of_rows = floats({3, panel});
+  Tensor of_rows = floats({5, panel});
   p.row_max = of_rows.mutable_data_ptr<float>();
   p.row_scale = p.row_max + panel;
-  p.positive_scale = p.row_scale + panel;
+  p.row_spread = p.row_scale + panel;
+  p.row_share = p.row_spread + panel;
+  p.positive_scale = p.row_share + panel;
 
   const ek::InfoNCEKernels& kernels = ek::variant().infonce;
   ek::for_tasks(blocks, p.m * p.dim, 0, [&](int64_t block, float*) { kernels.documents(p, block); });
+  if (p.document_sum) ek::for_tasks(1, 0, p.stride, [&](int64_t, float* scratch) { kernels.document_sum(p, scratch); });
   for (p.panel_begin = 0; p.panel_begin < p.n; p.panel_begin = p.panel_end) {
     p.panel_end = std::min(p.panel_begin + panel, p.n);
     const int64_t rows = p.panel_end - p.panel_begin, work = rows * p.m * p.dim;
@@ -118,7 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
     ek::for_tasks(blocks, work, ek::infonce_rows * ek::infonce_block,
                   [&](int64_t block, float* scratch) { kernels.d_documents(p, block, scratch); });
   }
-  return {loss, queries_gradient, documents_gradient, negatives_gradient, positives_gradient, temperature_gradient};
+  return {loss,
+          row_metrics,
+          queries_gradient,
+          documents_gradient,
+          negatives_gradient,
+          positives_gradient,
+          temperature_gradient};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embedkern, CPU, library) { EK_IMPL(library, "info_nce", info_nce); }

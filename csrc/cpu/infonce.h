@@ -15,11 +15,12 @@ constexpr int64_t infonce_stride(int64_t dim) { return ((dim + 15) / 16 | 1) * 1
 
 // One task's of `rows`.
 constexpr int64_t infonce_scratch_floats(int64_t dim, int64_t negatives) {
-  return infonce_rows * (dim + infonce_stride(dim) + negatives + infonce_block) + 2 * infonce_stride(dim);
+  return infonce_rows * (dim + 2 * infonce_stride(dim) + negatives + infonce_block) + 2 * infonce_stride(dim);
 }
 
 struct InfoNCEKernels {
   void (*documents)(const InfoNCEParams&, int64_t block);             // documents -> unit_documents, document_norm
+  void (*document_sum)(const InfoNCEParams&, float* scratch);         // stride floats
   void (*rows)(const InfoNCEParams&, int64_t group, float* scratch);  // the losses of a group of infonce_rows queries,
                                                                       // and every gradient but the documents'
   void (*d_documents)(const InfoNCEParams&, int64_t block, float* scratch);  // what the panel adds to d_documents;

@@ -34,7 +34,7 @@ struct Unit {
 };
 
 struct Example {
-  bool cosine, with_positives;
+  bool cosine, with_positives, soft;  // soft: documents with the query's label are positives, and label smoothing
   std::vector<float> queries = naive::random(n * dim, 1), documents = naive::random(m * dim, 2);
   std::vector<float> negatives = naive::random(n * k * dim, 3), positives = naive::random(n * dim, 4);
   std::vector<float> temperature = unwritten(n), d_loss = naive::random(n, 5);
@@ -44,7 +44,8 @@ struct Example {
   std::vector<float> d_temperature = unwritten(n);
   ek::InfoNCEParams p{};
 
-  Example(bool with_cosine, bool positives_given) : cosine(with_cosine), with_positives(positives_given) {
+  Example(bool with_cosine, bool positives_given, bool soft_targets)
+      : cosine(with_cosine), with_positives(positives_given), soft(soft_targets) {
     for (int64_t i = 0; i < n; i++) {
       temperature[size_t(i)] = 0.3f + 0.02f * float(i);
       targets.push_back((i * 31 + 140) % m);
@@ -56,9 +57,10 @@ struct Example {
   void run(const ek::InfoNCEKernels& kernels) {
     const int64_t stride = ek::infonce_stride(dim);
     std::vector<float> unit_documents = unwritten(m * stride), document_norm = unwritten(m);
-    std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(3 * panel);
+    std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(5 * panel);
     std::vector<float> exponentials = unwritten(groups * m * ek::infonce_rows);
     std::vector<float> block_max = unwritten(groups * blocks * ek::infonce_rows);
+    std::vector<float> document_sum = unwritten(stride);
     std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(dim, k));
     p.n = n, p.m = m, p.k = k, p.dim = dim, p.cosine = cosine;
     p.queries = {queries.data(), ek::DType::f32, dim};
@@ -68,14 +70,18 @@ struct Example {
     p.negatives_stride = k * dim;
     p.targets = targets.data(), p.temperature = temperature.data(), p.temperature_stride = 1;
     p.query_labels = query_labels.data(), p.document_labels = document_labels.data();
+    p.same_positive = soft, p.label_smoothing = soft ? 0.1f : 0;
+    p.document_sum = soft ? document_sum.data() : nullptr;
     p.d_loss = d_loss.data(), p.loss = loss.data();
     p.d_queries = d_queries.data(), p.d_documents = d_documents.data(), p.d_negatives = d_negatives.data();
     p.d_positives = with_positives ? d_positives.data() : nullptr, p.d_temperature = d_temperature.data();
     p.padded_dim = padded_dim, p.stride = stride;
     p.unit_documents = unit_documents.data(), p.document_norm = document_norm.data();
     p.unit_queries = unit_queries.data(), p.exponentials = exponentials.data(), p.block_max = block_max.data();
-    p.row_max = of_rows.data(), p.row_scale = p.row_max + panel, p.positive_scale = p.row_scale + panel;
+    p.row_max = of_rows.data(), p.row_scale = p.row_max + panel, p.row_spread = p.row_scale + panel;
+    p.row_share = p.row_spread + panel, p.positive_scale = p.row_share + panel;
     for (int64_t block = 0; block < blocks; block++) kernels.documents(p, block);
+    if (soft) kernels.document_sum(p, scratch.data());
     for (p.panel_begin = 0; p.panel_begin < n; p.panel_begin = p.panel_end) {
       p.panel_end = p.panel_begin + panel < n ? p.panel_begin + panel : n;
       kernels.rows(p, 0, scratch.data());
@@ -91,20 +97,26 @@ struct Example {
       const Unit q(&queries[i * dim], cosine);
       const size_t own = size_t(targets[i]);
       std::vector<Unit> columns;
-      std::vector<double> z, dz;
-      double sum = 0, moment = 0;
+      std::vector<double> z, dz, y;
+      double sum = 0, moment = 0, targets_sum = 0, wanted_loss = 0;
       for (size_t j = 0; j < m + k; j++) {
         const float* x = j < m ? &documents[j * dim] : &negatives[(i * k + j - m) * dim];
         columns.emplace_back(j == own && with_positives ? &positives[i * dim] : x, cosine);
         z.push_back(q.dot(columns[j].u) / temperature[i]);
-        const bool hidden = j < m && j != own && query_labels[i] == document_labels[j];
-        dz.push_back(hidden ? 0 : std::exp(z[j]));
+        const bool same = j < m && j != own && query_labels[i] == document_labels[j];
+        y.push_back(j == own || (soft && same));
+        targets_sum += y[j];
+        dz.push_back(same && !soft ? 0 : std::exp(z[j]));
         sum += dz[j];
       }
-      right &= naive::close(loss[i], std::log(sum) - z[own]);
+      for (size_t j = 0; j < m + k; j++) {
+        y[j] = soft ? 0.9 * y[j] / targets_sum + 0.1 / (m + k) : y[j];
+        wanted_loss += y[j] * (std::log(sum) - z[j]);
+      }
+      right &= naive::close(loss[i], wanted_loss);
       std::vector<double> d_unit_query(dim);
       for (size_t j = 0; j < m + k; j++) {
-        dz[j] = d_loss[i] * (dz[j] / sum - (j == own));
+        dz[j] = d_loss[i] * (dz[j] / sum - y[j]);
         moment += dz[j] * z[j];
         std::vector<double> d_column(dim);
         for (size_t c = 0; c < dim; c++) {
@@ -132,10 +144,12 @@ int main() {
   return naive::for_variants([](const ek::Variant& variant) {
     for (const bool cosine : {true, false}) {
       for (const bool with_positives : {true, false}) {
-        Example example(cosine, with_positives);
-        example.run(variant.infonce);
-        const std::string name = variant.name + (cosine ? " cosine" : " dot") + (with_positives ? ", positives" : "");
-        naive::report(name, example.is_right());
+        for (const bool soft : {true, false}) {
+          Example example(cosine, with_positives, soft);
+          example.run(variant.infonce);
+          std::string name = variant.name + (cosine ? " cosine" : " dot") + (with_positives ? ", positives" : "");
+          naive::report(name + (soft ? ", several targets" : ""), example.is_right());
+        }
       }
     }
   });

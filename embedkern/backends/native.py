@@ -68,12 +68,6 @@ INFONCE = Backend(
     (
         *_on("cpu", "queries"),
         Rule(_float64_beside, "one of documents, negatives, positives is float64"),
-        Rule(lambda call: call["label_smoothing"] != 0, "label_smoothing={label_smoothing} is not written yet"),
-        Rule(
-            lambda call: call["query_labels"] is not None and call["same_label"] == "positive",
-            "same_label='positive' is not written yet",
-        ),
-        Rule(lambda call: call["return_metrics"], "return_metrics is not written yet"),
     ),
     OPS.info_nce.default,
 )

@@ -95,9 +95,12 @@ def info_nce(
         return reference.info_nce(**call)
     inputs = (queries, documents, negatives, positives, temperature, weights)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return InfoNCEFunction.apply(*_distinct(arguments), chosen)
-    row_loss, _ = _run(chosen, call)
-    return reference.reduce(row_loss, weights, reduction)
+        result = InfoNCEFunction.apply(*_distinct(arguments), chosen)
+    else:
+        row_loss, metrics, _ = _run(chosen, call)
+        loss = reference.reduce(row_loss, weights, reduction)
+        result = (loss, *_mean_metrics(metrics)) if return_metrics else loss
+    return (result[0], dict(zip(METRICS, result[1:], strict=True))) if return_metrics else result
 
 
 def check(
@@ -242,7 +245,10 @@ def _distinct(arguments: Sequence[Any]) -> list[Any]:
 
 
 class InfoNCEFunction(torch.autograd.Function):
-    """`info_nce` for trainers that compose Functions: `apply` takes all its arguments in their order."""
+    """`info_nce` for trainers that compose Functions: `apply` takes all its arguments in their order.
+
+    With return_metrics it returns (loss, accuracy, positive_similarity, negative_similarity).
+    """
 
     @staticmethod
     def forward(
@@ -285,16 +291,22 @@ class InfoNCEFunction(torch.autograd.Function):
             backend = dispatch.select("info_nce", BACKENDS, backend, call)
         ctx.backend, ctx.call = backend, call
         if backend.forward is None:
-            return reference.info_nce(**call)
+            result = reference.info_nce(**call)
+            return (result[0], *result[1].values()) if return_metrics else result
         tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
         ctx.call = {name: x for name, x in call.items() if name not in tensors}
         # A scalar's gradients are made now, in three products instead of four; they stay float32 until the upstream
         # factor arrives, which float16 under a GradScaler needs.
         d_row_loss = None if reduction == "none" else _d_row_loss(call)
-        row_loss, gradients = _run(backend, call, d_row_loss, () if d_row_loss is None else _needs(ctx))
+        row_loss, metrics, gradients = _run(backend, call, d_row_loss, () if d_row_loss is None else _needs(ctx))
         ctx.names = tuple(tensors), tuple(gradients)
         ctx.save_for_backward(row_loss, *tensors.values(), *gradients.values())
-        return reference.reduce(row_loss, weights, reduction)
+        loss = reference.reduce(row_loss, weights, reduction)
+        if not return_metrics:
+            return loss
+        means = _mean_metrics(metrics)
+        ctx.mark_non_differentiable(*means)
+        return loss, *means
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
@@ -314,7 +326,7 @@ class InfoNCEFunction(torch.autograd.Function):
         if call["reduction"] == "none":
             weights = tensors.get("weights")
             d_row_loss = d_loss.float() if weights is None else d_loss.float() * weights.float()
-            made, factor = _run(ctx.backend, call, d_row_loss, needs)[1], 1.0
+            made, factor = _run(ctx.backend, {**call, "return_metrics": False}, d_row_loss, needs)[2], 1.0
         else:
             made, factor = dict(zip(gradient_names, saved[len(tensor_names) :], strict=True)), d_loss
         gradients = {name: _as_input(made[name], name, tensors[name], factor) for name in made}
@@ -336,17 +348,28 @@ def _needs(ctx: Any) -> tuple[str, ...]:
 
 def _run(
     backend: Backend, call: dict[str, Any], d_row_loss: Tensor | None = None, needs: Sequence[str] = ()
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each row's loss, and the gradients of Σ d_row_loss · row_loss that are needed, in float32."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Each row's loss and metrics, and the gradients of Σ d_row_loss · row_loss that are needed, in float32."""
     tau = call["temperature"]
     tau = tau.float() if isinstance(tau, Tensor) else torch.full((), tau, device=call["queries"].device)
     names = ("queries", "documents", "negatives", "positives", "temperature")
-    row_loss, *gradients = backend.forward(
+    row_loss, metrics, *gradients = backend.forward(
         call["queries"], call["documents"], call.get("negatives"), call.get("positives"), call.get("targets"), tau,
-        call.get("query_labels"), call.get("document_labels"), call["similarity"] == "cosine", d_row_loss,
+        call.get("query_labels"), call.get("document_labels"), call["same_label"] == "positive",
+        float(call["label_smoothing"]), call["similarity"] == "cosine", call["return_metrics"], d_row_loss,
         *(name in needs for name in names),
     )  # fmt: skip
-    return row_loss, {name: d for name, d in zip(names, gradients, strict=True) if name in needs}
+    return row_loss, metrics, {name: d for name, d in zip(names, gradients, strict=True) if name in needs}
+
+
+METRICS = ("accuracy", "positive_similarity", "negative_similarity")
+
+
+def _mean_metrics(of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From (N, 4): does nothing beat the positive, its similarity, the negatives' sum and number."""
+    hits, positive, negative, count = of_rows.sum(0).unbind()
+    rows = max(of_rows.shape[0], 1)
+    return hits / rows, positive / rows, negative / count.clamp(min=1)
 
 
 def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float) -> Tensor:

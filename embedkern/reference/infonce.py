@@ -49,6 +49,7 @@ def info_nce(
             beside = positive.new_zeros(n.shape[:2])
             positive, visible, y = (torch.cat(x, 1) for x in ((positive, beside), (visible, ~beside), (y, beside)))
 
+        negative = visible & ~y
         tau = temperature.to(wide).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
         z = s / tau
         lse = z.masked_fill(~visible, -torch.inf).logsumexp(1)
@@ -56,7 +57,7 @@ def info_nce(
         y = y + label_smoothing * visible / visible.sum(1, keepdim=True)
         row_loss = lse - (y * torch.where(visible, z, 0)).sum(1)  # dz = softmax(z) - y
         loss = reduce(row_loss, weights, reduction)
-        return (loss, _metrics(s.detach(), z.detach(), positive, visible)) if return_metrics else loss
+        return (loss, _metrics(s.detach(), z.detach(), positive, negative, visible)) if return_metrics else loss
 
 
 def _vectors(x: Tensor, similarity: str, wide: torch.dtype) -> Tensor:
@@ -94,11 +95,10 @@ def total(weights: Tensor) -> Tensor:
     return torch.where(sum_ == 0, torch.ones_like(sum_), sum_)
 
 
-def _metrics(s: Tensor, z: Tensor, positive: Tensor, visible: Tensor) -> dict[str, Tensor]:
-    """Share of rows in which nothing beats the positive; mean similarity of the positives and of what is in the
-    denominator beside them (0 where there is nothing)."""
-    negative = visible & ~positive
-    beaten = (torch.where(negative, z, -torch.inf) > z[positive][:, None]).any(1)
+def _metrics(s: Tensor, z: Tensor, positive: Tensor, negative: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """Share of rows in which nothing beats the row's own positive; mean similarity of these, and of what is no positive
+    in the denominators (0 where there is nothing)."""
+    beaten = (torch.where(visible, z, -torch.inf) > z[positive][:, None]).any(1)
     return {
         "accuracy": 1 - beaten.to(s.dtype).sum() / max(s.shape[0], 1),
         "positive_similarity": s[positive].sum() / max(s.shape[0], 1),
