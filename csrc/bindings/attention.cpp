@@ -62,8 +62,7 @@ Tensor nothing(const Tensor& like, ek::ScalarType dtype) { return torch::stable:
 
 // Gradients of rows, summed to the shape of the tensor that was broadcast to them: in double, in a fixed order.
 Tensor reduce_rows(const Tensor& rows, const Tensor& shaped_like) {
-  const std::vector<int64_t> shape(shaped_like.sizes().begin(), shaped_like.sizes().end());
-  Tensor reduced = torch::stable::new_empty(shaped_like, shape);
+  Tensor reduced = torch::stable::new_empty(shaped_like, ek::shape_of(shaped_like));
   const bool is_packed = rows.dim() == 2;
   const Strided from = strided_rows(rows), to = broadcast(reduced, is_packed);
   const int64_t batch = is_packed ? 1 : rows.size(0), heads = rows.size(1), length = rows.size(is_packed ? 0 : 2);

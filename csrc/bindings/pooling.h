@@ -4,8 +4,6 @@
 
 namespace ek {
 
-inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
-
 // PoolParams with what its pointers point to.
 struct PoolCall : PoolParams {
   std::vector<int64_t> modes_held;

@@ -20,6 +20,8 @@ inline DType dtype_of(const Tensor& x) {
   }
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
 // The one copy the contract allows: of a tensor whose last stride is not 1.
 inline Tensor with_unit_stride(const Tensor& x) {
   return x.dim() == 0 || x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);

@@ -455,22 +455,6 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, d_v, ahead);
 }
 
-#define BY_DTYPE(p, call) \
-  switch (p.dtype) {      \
-    case DType::f32: {    \
-      using T = float;    \
-      return call;        \
-    }                     \
-    case DType::bf16: {   \
-      using T = Bf16;     \
-      return call;        \
-    }                     \
-    case DType::f16: {    \
-      using T = F16;      \
-      return call;        \
-    }                     \
-  }
-
 // What both passes read of a head.
 template <class T>
 void add_inputs(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
@@ -510,10 +494,10 @@ void backward_heads(const AttentionParams& p, const AttentionSequence& s, int64_
 
 void forward(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t first, int64_t end,
              float* scratch) {
-  BY_DTYPE(p, forward_heads<T>(p, s, chunk, first, end, scratch))
+  BY_DTYPE(p.dtype, forward_heads<T>(p, s, chunk, first, end, scratch))
 }
 void backward(const AttentionParams& p, const AttentionSequence& s, int64_t first, int64_t end, float* scratch) {
-  BY_DTYPE(p, backward_heads<T>(p, s, first, end, scratch))
+  BY_DTYPE(p.dtype, backward_heads<T>(p, s, first, end, scratch))
 }
 
 }  // namespace

@@ -25,11 +25,7 @@ void load_typed(const InfoNCEVectors& vectors, int64_t offset, int64_t n, float*
 
 // A row in float32, zeros up to a whole vector.
 void load_row(const InfoNCEVectors& vectors, int64_t offset, int64_t n, float* to) {
-  switch (vectors.dtype) {
-    case DType::f32: return load_typed<float>(vectors, offset, n, to);
-    case DType::bf16: return load_typed<Bf16>(vectors, offset, n, to);
-    case DType::f16: return load_typed<F16>(vectors, offset, n, to);
-  }
+  BY_DTYPE(vectors.dtype, load_typed<T>(vectors, offset, n, to))
 }
 
 // Below, n is rounded up to whole vectors: what lies between is zero.

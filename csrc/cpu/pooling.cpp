@@ -216,13 +216,17 @@ void add_gradient(const PoolParams& p, int64_t segment, int64_t row, float rank,
   }
 }
 
-// The rank of the first visible row at or after `row`, less one.
-int64_t rank_before(const PoolParams& p, const PoolSegment& s, int64_t row) {
-  if (!p.mask) return row - s.start;
-  int64_t rank = 0;
-  for (int64_t r = s.start; r < row; r++) rank += visible(p, r);
-  return rank;
-}
+// How many visible rows a segment has before a row; asked for rows in order, it counts on from the last one.
+struct RankBefore {
+  int64_t segment = -1, row = 0, rank = 0;
+
+  int64_t operator()(const PoolParams& p, int64_t of, int64_t before) {
+    if (!p.mask) return before - p.segment[of].start;
+    if (segment != of) segment = of, row = p.segment[of].start, rank = 0;
+    for (; row < before; row++) rank += visible(p, row);
+    return rank;
+  }
+};
 
 template <class T>
 void d_hidden_typed(const PoolParams& p, int64_t chunk, float* scratch) {
@@ -238,6 +242,7 @@ void d_hidden_typed(const PoolParams& p, int64_t chunk, float* scratch) {
     alike &= p.mode[m] == mean || p.mode[m] == mean_sqrt_len_tokens || p.mode[m] == ek::sum;
     ranked |= p.mode[m] == weightedmean;
   }
+  RankBefore rank_before;
   int64_t written = -2;  // the one segment whose gradient stands in `rounded`; -1: zeros
   for (int64_t row = begin; row < end; row++) {
     int64_t only = -1, covers = 0;
@@ -252,7 +257,7 @@ void d_hidden_typed(const PoolParams& p, int64_t chunk, float* scratch) {
       for (int64_t i = 0; covers && i < n_covering; i++) {
         const PoolSegment& s = p.segment[covering[i]];
         if (s.count == 0 || row < s.first || row > s.last) continue;
-        add_gradient(p, covering[i], row, ranked ? float(rank_before(p, s, row) + 1) : 0, gradient);
+        add_gradient(p, covering[i], row, ranked ? float(rank_before(p, covering[i], row) + 1) : 0, gradient);
       }
       for (int64_t c = 0; c < p.channels; c += W) store_at(rounded, c, p.channels, load_at(gradient, c, p.channels));
       written = wanted;
@@ -264,28 +269,14 @@ void d_hidden_typed(const PoolParams& p, int64_t chunk, float* scratch) {
 #endif
 }
 
-#define BY_DTYPE(p, call) \
-  switch (p.dtype) {      \
-    case DType::f32: {    \
-      using T = float;    \
-      return call;        \
-    }                     \
-    case DType::bf16: {   \
-      using T = Bf16;     \
-      return call;        \
-    }                     \
-    case DType::f16: {    \
-      using T = F16;      \
-      return call;        \
-    }                     \
-  }
-
 void pool(const PoolParams& p, int64_t segment, int64_t block, float* scratch) {
-  BY_DTYPE(p, pool_typed<T>(p, segment, block, scratch))
+  BY_DTYPE(p.dtype, pool_typed<T>(p, segment, block, scratch))
 }
-void normalize(const PoolParams& p, int64_t segment) { BY_DTYPE(p, normalize_typed<T>(p, segment)) }
-void d_pooled(const PoolParams& p, int64_t segment) { BY_DTYPE(p, d_pooled_typed<T>(p, segment)) }
-void d_hidden(const PoolParams& p, int64_t chunk, float* scratch) { BY_DTYPE(p, d_hidden_typed<T>(p, chunk, scratch)) }
+void normalize(const PoolParams& p, int64_t segment) { BY_DTYPE(p.dtype, normalize_typed<T>(p, segment)) }
+void d_pooled(const PoolParams& p, int64_t segment) { BY_DTYPE(p.dtype, d_pooled_typed<T>(p, segment)) }
+void d_hidden(const PoolParams& p, int64_t chunk, float* scratch) {
+  BY_DTYPE(p.dtype, d_hidden_typed<T>(p, chunk, scratch))
+}
 
 }  // namespace
 

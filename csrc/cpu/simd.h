@@ -37,6 +37,23 @@ struct F16 {
   uint16_t bits;
 };
 
+// Returns `call`, in which T is the type of elements of this DType.
+#define BY_DTYPE(dtype, call) \
+  switch (dtype) {            \
+    case DType::f32: {        \
+      using T = float;        \
+      return call;            \
+    }                         \
+    case DType::bf16: {       \
+      using T = Bf16;         \
+      return call;            \
+    }                         \
+    case DType::f16: {        \
+      using T = F16;          \
+      return call;            \
+    }                         \
+  }
+
 EK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 EK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -122,7 +139,7 @@ EK_INLINE void store_first(T* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; i++) p[i] = padded[i];
 }
 
-// body(offset, load, store) over [0, n) in vectors: whole ones, then the rest through load_first and store_first.
+// A whole vector at p + i, or what is left of n elements.
 template <class T>
 EK_INLINE Vec load_at(const T* p, int64_t i, int64_t n) {
   return i + W <= n ? load(p + i) : load_first(p + i, n - i);

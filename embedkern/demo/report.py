@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from embedkern.machine import cpu_name
 from embedkern.version import __version__
 
 from .train import History, Settings
@@ -103,13 +104,6 @@ def _training(history: History, settings: Settings) -> dict[str, Any]:
         "total_seconds": sum(history.seconds),
         "pairs_per_second": history.pairs_per_second(settings.batch_size) if history.steps else None,
     }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:

@@ -73,7 +73,7 @@ def attention(
     if chosen.forward is None:
         out, lse = reference.attention(**call)
     else:
-        out, lse = AttentionFunction.apply(*_distinct(call).values(), return_lse, chosen)
+        out, lse = AttentionFunction.apply(*common.distinct(call.values()), return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -117,7 +117,7 @@ def attention_varlen(
     if chosen.forward is None:
         out, lse = reference.attention_varlen(**call)
     else:
-        out, lse = AttentionVarlenFunction.apply(*_with_max_seqlens(_distinct(call)), return_lse, chosen)
+        out, lse = AttentionVarlenFunction.apply(*common.distinct(_with_max_seqlens(call)), return_lse, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -346,13 +346,6 @@ def _check_options(
     ):
         raise ValueError(f"window must be None or (left, right), integers ≥ -1, got {window!r}")
     return None if window[0] == window[1] == -1 else (window[0], window[1])
-
-
-def _distinct(call: dict[str, Any]) -> dict[str, Any]:
-    """torch.compile can't trace a Function that gets the same tensor twice."""
-    if torch.compiler.is_compiling():
-        call["key"], call["value"] = call["key"].view_as(call["key"]), call["value"].view_as(call["value"])
-    return call
 
 
 def _with_max_seqlens(call: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,17 @@ def check_cu_seqlens(name: str, x: object, like: Tensor, like_name: str) -> None
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def distinct(arguments: Iterable[Any]) -> list[Any]:
+    """The arguments, a tensor that comes again as a view: torch.compile can't trace a Function that gets one twice."""
+    if not torch.compiler.is_compiling():
+        return list(arguments)
+    given: list[Any] = []
+    for x in arguments:
+        again = isinstance(x, Tensor) and any(x is other for other in given)
+        given.append(x.view_as(x) if again else x)
+    return given
 
 
 class NoSecondDerivative(torch.autograd.Function):

@@ -95,7 +95,7 @@ def info_nce(
         return reference.info_nce(**call)
     inputs = (queries, documents, negatives, positives, temperature, weights)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        result = InfoNCEFunction.apply(*_distinct(arguments), chosen)
+        result = InfoNCEFunction.apply(*common.distinct(arguments), chosen)
     else:
         row_loss, metrics, _ = _run(chosen, call)
         loss = reference.reduce(row_loss, weights, reduction)
@@ -231,17 +231,6 @@ def _check_later_options(
         common.check_choice("hardness_mode", hardness_mode, ("in_batch_negatives", "hard_negatives", "all_negatives"))
     if not strength >= 0:
         raise ValueError(f"hardness_strength must be ≥ 0, got {strength}")
-
-
-def _distinct(arguments: Sequence[Any]) -> list[Any]:
-    """Dynamo can't trace a Function that gets one tensor twice, as both labels often are: views."""
-    if not torch.compiler.is_compiling():
-        return list(arguments)
-    distinct: list[Any] = []
-    for x in arguments:
-        again = isinstance(x, Tensor) and any(x is other for other in distinct)
-        distinct.append(x.view_as(x) if again else x)
-    return distinct
 
 
 class InfoNCEFunction(torch.autograd.Function):

@@ -62,9 +62,7 @@ def pool(
     chosen = dispatch.select("pool", BACKENDS, backend, call)
     if chosen.forward is None:
         return reference.pool(**call)
-    return PoolFunction.apply(
-        hidden, mode, lengths, mask, cu_seqlens, skip, spans, truncate_dim, normalize, eps, chosen
-    )
+    return PoolFunction.apply(*call.values(), chosen)
 
 
 def check(
@@ -130,12 +128,12 @@ def check(
         raise ValueError(f"eps must be ≥ 0, got {eps}")
     return {
         "hidden": hidden,
+        "modes": modes,
         "lengths": lengths,
         "mask": mask,
         "cu_seqlens": cu_seqlens,
         "skip": skip,
         "spans": spans,
-        "modes": modes,
         "out_channels": out_channels,
         "normalize": normalize,
         "eps": eps,
@@ -170,16 +168,16 @@ class PoolFunction(torch.autograd.Function):
         eps: float = 1e-12,
         backend: str | Backend | None = None,
     ) -> Tensor:
-        call = check(hidden, mode, lengths, mask, cu_seqlens, skip, spans, truncate_dim, normalize, eps)
-        if not isinstance(backend, Backend):
+        if not isinstance(backend, Backend):  # else the public function has checked: these are what `check` returns
+            call = check(hidden, mode, lengths, mask, cu_seqlens, skip, spans, truncate_dim, normalize, eps)
             backend = dispatch.select("pool", BACKENDS, backend, call)
+            if backend.forward is None:
+                ctx.backend, ctx.call = backend, call
+                return reference.pool(**call)
+            hidden, mode, lengths, mask, cu_seqlens, skip, spans, truncate_dim, normalize, eps = call.values()
         ctx.backend = backend
-        if backend.forward is None:
-            ctx.call = call
-            return reference.pool(**call)
-        places = (call["lengths"], call["mask"], call["cu_seqlens"], call["skip"], call["spans"])
-        modes = [POOL_MODES.index(each) for each in call["modes"]]
-        ctx.options = modes, call["out_channels"], normalize, eps
+        places = lengths, mask, cu_seqlens, skip, spans
+        ctx.options = [POOL_MODES.index(each) for each in mode], truncate_dim, normalize, eps
         out, pooled, argmax = backend.forward(hidden, *places, *ctx.options)
         ctx.shape = hidden.shape
         ctx.save_for_backward(pooled, argmax, *places)

@@ -39,12 +39,12 @@ def segments(
 
 def pool(
     hidden: Tensor,
+    modes: tuple[str, ...],
     lengths: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     skip: Tensor | None,
     spans: Tensor | None,
-    modes: tuple[str, ...],
     out_channels: int,
     normalize: bool,
     eps: float,
