@@ -227,8 +227,8 @@ def test_extreme_temperatures_are_finite(backend: str, tau: float) -> None:
     assert torch.equal(as_number["out"], results["out"])
     names = ("out",) if tau < 1e-12 else ("out", "lse", "d_query", "d_key", "d_value")  # lse itself is beyond float32
     assert all(torch.isfinite(results[name]).all() for name in names)
-    if 1e-3 <= tau <= 1e3:
-        check(q, k, v, temperature=tau)
+    if 1e-3 <= tau <= 1e3:  # of many rows, since only those whose best keys are close together have any error
+        check(*inputs(3, 2, 2, 65, 67, 16, 8), temperature=tau)
 
 
 def test_extreme_temperatures_gradient_of_out() -> None:

@@ -161,10 +161,22 @@ struct Attention : AttentionParams {
     return floats;
   }
 
-  // Heads that one task takes, so that it can fetch the next one's rows early: as many as leave each thread its share.
-  int64_t heads_at_once(int64_t items) const {
-    const int64_t threads = int64_t(torch::stable::get_num_threads());
-    return std::max<int64_t>(1, std::min(kv_heads, kv_heads * items / (16 * threads)));
+  // Every key/value head of every sequence, by chunks of its rows or whole. A task takes as many heads, so that it can
+  // fetch the next one's rows early, as leave each thread its share.
+  std::vector<ek::AttentionTask> tasks(bool by_chunks) const {
+    std::vector<ek::AttentionTask> parts, all;
+    for (const AttentionSequence& s : sequences) {
+      const int64_t chunks = by_chunks ? (rows(s) + ek::attention_chunk - 1) / ek::attention_chunk : 1;
+      for (int64_t i = 0; i < chunks; i++) parts.push_back({&s, i, 0, kv_heads});
+    }
+    const int64_t threads = int64_t(torch::stable::get_num_threads()), count = int64_t(parts.size());
+    const int64_t at_once = std::max<int64_t>(1, std::min(kv_heads, kv_heads * count / (16 * threads)));
+    for (const ek::AttentionTask& part : parts) {
+      for (int64_t first = 0; first < kv_heads; first += at_once) {
+        all.push_back({part.s, part.chunk, first, std::min(first + at_once, kv_heads)});
+      }
+    }
+    return all;
   }
 
   int64_t work() const {
@@ -173,6 +185,15 @@ struct Attention : AttentionParams {
     return products;
   }
 };
+
+template <class Kernel>
+void run(const Attention& p, Kernel kernel, const std::vector<ek::AttentionTask>& tasks, int64_t work,
+         int64_t scratch_floats) {
+  const int64_t count = int64_t(tasks.size()), threads = int64_t(torch::stable::get_num_threads());
+  ek::for_tasks(count, work, scratch_floats, [&](int64_t i, float* scratch) {
+    kernel(p, tasks[size_t(i)], i + threads < count ? &tasks[size_t(i + threads)] : nullptr, scratch);
+  });
+}
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor key_lengths,
                                    OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
@@ -189,22 +210,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, Optio
   p.out = strided(out);
   p.lse = strided_rows(lse);
 
-  struct Chunk {
-    const AttentionSequence* s;
-    int64_t index;
-  };
-  std::vector<Chunk> chunks;
-  for (const AttentionSequence& s : p.sequences) {
-    for (int64_t i = 0; i * ek::attention_chunk < p.rows(s); i++) chunks.push_back({&s, i});
-  }
-  const ek::AttentionKernels& kernels = ek::variant().attention;
-  const int64_t items = int64_t(chunks.size()), heads = p.heads_at_once(items),
-                parts = (p.kv_heads + heads - 1) / heads;
-  ek::for_tasks(items * parts, p.work(), p.scratch(false), [&](int64_t i, float* scratch) {
-    const Chunk& chunk = chunks[size_t(i / parts)];
-    const int64_t first = i % parts * heads;
-    kernels.forward(p, *chunk.s, chunk.index, first, std::min(first + heads, p.kv_heads), scratch);
-  });
+  run(p, ek::variant().attention.forward, p.tasks(true), p.work(), p.scratch(false));
   return {out, lse};
 }
 
@@ -239,13 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Option
   if (need_temperature) p.d_temperature = strided_rows(d_temperature);
   if (need_scale) p.d_scale = strided_rows(d_scale);
 
-  const ek::AttentionKernels& kernels = ek::variant().attention;
-  const int64_t items = int64_t(p.sequences.size());
-  const int64_t heads = p.heads_at_once(items), parts = (p.kv_heads + heads - 1) / heads;
-  ek::for_tasks(items * parts, p.work() * 3, p.scratch(true), [&](int64_t i, float* scratch) {
-    const int64_t first = i % parts * heads;
-    kernels.backward(p, p.sequences[size_t(i / parts)], first, std::min(first + heads, p.kv_heads), scratch);
-  });
+  run(p, ek::variant().attention.backward, p.tasks(false), p.work() * 3, p.scratch(true));
   if (need_temperature) d_temperature = reduce_rows(d_temperature, *temperature);
   if (need_scale) d_scale = reduce_rows(d_scale, *scale);
   return {d_query, d_key, d_value, d_temperature, d_scale};

@@ -24,10 +24,15 @@ static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t
          (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
 }
 
-struct AttentionKernels {  // of the key/value heads [first, end)
-  void (*forward)(const AttentionParams&, const AttentionSequence&, int64_t chunk, int64_t first, int64_t end,
-                  float* scratch);
-  void (*backward)(const AttentionParams&, const AttentionSequence&, int64_t first, int64_t end, float* scratch);
+// The key/value heads [first, end) of a sequence: all their rows, or in the forward pass one chunk of them.
+struct AttentionTask {
+  const AttentionSequence* s;
+  int64_t chunk, first, end;
+};
+
+struct AttentionKernels {  // next: what this thread will probably run next, or null
+  void (*forward)(const AttentionParams&, const AttentionTask&, const AttentionTask* next, float* scratch);
+  void (*backward)(const AttentionParams&, const AttentionTask&, const AttentionTask* next, float* scratch);
 };
 
 }  // namespace ek

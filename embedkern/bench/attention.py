@@ -86,10 +86,10 @@ def _lengths() -> Iterator[Row]:
     """Time against length at the same tokens · L, and the rate at L = 16."""
 
     def rate(tokens: int, length: int) -> float:
-        run = _step(attention, *_heads(max(1, tokens // length), length, 32))
+        run = _step(attention, *_heads(tokens // length, length, 32))
         return PRODUCTS * 2 * length * tokens * 32 * HEADS / _seconds(run)
 
-    rates = {length: rate(2**21 // length, length) for length in (256, 512, 1024, 2048)}
+    rates = {length: rate(2**23 // length, length) for length in (256, 512, 1024, 2048)}
     x = [math.log(length) for length in rates]
     y = [math.log(length / r) for length, r in rates.items()]  # time per token
     x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
