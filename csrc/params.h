@@ -49,25 +49,50 @@ struct Strided {
   int64_t stride_b, stride_h, stride_t;
 };
 
+// Where element (b, h, i, j) of what broadcasts to scores (B, H, Lq, Lk) lies, as in Strided.
+struct ScoreGrid {
+  void* data;
+  int64_t stride_b, stride_h, stride_t, stride_k;
+};
+
 // Queries [q_start, q_start + q_length) of batch entry b; of its keys [k_start, k_start + k_length), `visible` are
 // seen: k_start + key[j], or without a list k_start + k_first + j.
 struct AttentionSequence {
   int64_t b, q_start, q_length, k_start, k_length;
   int64_t visible, k_first;
   const int32_t* key;
+  const float* hidden = nullptr;  // (k_length), not 0 for keys that aren't seen after all; null: all visible ones are
 };
 
-// out = softmax(scale · q·kᵀ / temperature) · v, and lse, over each sequence's visible keys.
+// out = dropout(softmax(z / temperature)) · v, and lse, over each row's visible keys, z = cap(scale · q·kᵀ) + bias +
+// relative_bias. With any option, from mask to dropout, no sequence has a list of keys.
 struct AttentionParams {
   int64_t heads, kv_heads, dim, dim_v;
   DType dtype;  // of query, key, value, out and their gradients
   Strided query, key, value, out;
   Strided temperature, scale, lse;  // float; without data the number below
   float temperature_number, scale_number;
+  ScoreGrid mask;              // bool: which keys a row attends to
+  ScoreGrid bias;              // float
+  const float* relative_bias;  // (heads, 2 reach + 1), by the distance of the key from the row's position; or null
+  int64_t reach;
+  int64_t window_left = -1, window_right = -1;  // keys to either side of the row's position; -1: no bound
+  float softcap;                                // 0: none
+  double dropout_p;
+  uint64_t seed;
+  Strided row_number;    // without data: the row's number for dropout
   Strided d_out, d_lse;  // d_lse float
   Strided d_query, d_key, d_value;
   Strided d_temperature, d_scale;  // float, one for each row
+  ScoreGrid d_bias;  // double and zeros at first, as what follows; d_bias_slot elements between the slots of tasks
+  int64_t d_bias_slot;
+  double* d_relative_bias;  // (slots, heads, 2 reach + 1)
 };
+
+static inline bool adjusts_scores(const AttentionParams& p) {
+  return p.mask.data || p.bias.data || p.relative_bias || p.window_left >= 0 || p.window_right >= 0 || p.softcap > 0 ||
+         p.dropout_p > 0;
+}
 
 // Vectors (rows, dim) of one of InfoNCE's inputs; data is null where there is none.
 struct InfoNCEVectors {

@@ -73,24 +73,34 @@ def _attention_backward(
     key_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
     temperature: Tensor | None,
     temperature_number: float,
     scale: Tensor | None,
     scale_number: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     inputs = [_empty_in_order_of(x, x.shape[-1]) if need else x.new_empty((0,)) for x, need in
               zip((query, key, value), needs, strict=False)]  # fmt: skip
-    factors = [
+    others = [
         query.new_empty(x.shape if need and x is not None else (0,), dtype=torch.float32)
-        for x, need in zip((temperature, scale), needs[3:], strict=True)
+        for x, need in zip((bias, relative_bias, temperature, scale), needs[3:], strict=True)
     ]
-    return (*inputs, *factors)
+    return (*inputs, *others)
 
 
 _ATTENTION_OPTIONS = (
-    "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? temperature, "
-    "float temperature_number, Tensor? scale, float scale_number"
+    "Tensor? key_lengths, Tensor? key_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? mask, Tensor? bias, "
+    "Tensor? relative_bias, Tensor? temperature, float temperature_number, Tensor? scale, float scale_number, "
+    "bool causal, SymInt window_left, SymInt window_right, float softcap, float dropout_p, Tensor? seed"
 )
 
 
@@ -140,7 +150,8 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "float eps) -> Tensor",
         _pool_backward,
     ),
-    # padded (B, H, L, D) or, with cu_seqlens, packed (T, H, D); temperature and scale float32, or the numbers
+    # padded (B, H, L, D) or, with cu_seqlens, packed (T, H, D); bias, relative_bias, temperature and scale float32,
+    # the last two or their numbers; window_left or _right -1: no bound, softcap 0: none, seed () int64 for dropout
     "attention_forward": (
         f"(Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}) -> (Tensor out, Tensor lse)",
         _attention_forward,
@@ -148,8 +159,9 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     # a gradient that isn't needed is empty
     "attention_backward": (
         f"(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}, bool need_query, "
-        "bool need_key, bool need_value, bool need_temperature, bool need_scale) -> "
-        "(Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_temperature, Tensor d_scale)",
+        "bool need_key, bool need_value, bool need_bias, bool need_relative_bias, bool need_temperature, "
+        "bool need_scale) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_bias, Tensor d_relative_bias, "
+        "Tensor d_temperature, Tensor d_scale)",
         _attention_backward,
     ),
     # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.

@@ -29,6 +29,15 @@ Strided strided_rows(const Tensor& x) {
   return {data, x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// A tensor that broadcasts to (B, H, Lq, Lk).
+ek::ScoreGrid grid(const Tensor& x) {
+  const int64_t missing = 4 - x.dim();
+  const auto stride = [&](int64_t dim) {
+    return dim < missing || x.size(dim - missing) == 1 ? 0 : x.stride(dim - missing);
+  };
+  return {const_cast<void*>(x.const_data_ptr()), stride(0), stride(1), stride(2), stride(3)};
+}
+
 // A tensor that broadcasts to (B, H, L, 1), or to (T, H, 1).
 Strided broadcast(const Tensor& x, bool is_packed) {
   const int64_t missing = (is_packed ? 3 : 4) - x.dim();
@@ -78,16 +87,52 @@ Tensor reduce_rows(const Tensor& rows, const Tensor& shaped_like) {
   return reduced;
 }
 
+// A gradient that several tasks add to, each in its slot, and their sum in the order of the slots.
+struct Slots {
+  std::vector<double> sums;  // (count, numel)
+
+  Slots(int64_t count, const OptionalTensor& of) : sums(of ? size_t(count * of->numel()) : 0) {}
+
+  Tensor sum(const Tensor& like, const Tensor& shaped_like) const {
+    Tensor sum = torch::stable::new_empty(like, ek::shape_of(shaped_like), ek::ScalarType::Float);
+    float* to = static_cast<float*>(sum.mutable_data_ptr());
+    const size_t size = size_t(sum.numel());
+    for (size_t i = 0; i < size; i++) {
+      double of_slots = 0;
+      for (size_t slot = i; slot < sums.size(); slot += size) of_slots += sums[slot];
+      to[i] = float(of_slots);
+    }
+    return sum;
+  }
+};
+
+struct Options {
+  OptionalTensor key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k, mask, bias, relative_bias, temperature;
+  double temperature_number;
+  OptionalTensor scale;
+  double scale_number;
+  bool causal;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+  OptionalTensor seed;
+};
+#define OPTIONS                                                                                                  \
+  OptionalTensor key_lengths, OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, \
+      OptionalTensor mask, OptionalTensor bias, OptionalTensor relative_bias, OptionalTensor temperature,        \
+      double temperature_number, OptionalTensor scale, double scale_number, bool causal, int64_t window_left,    \
+      int64_t window_right, double softcap, double dropout_p, OptionalTensor seed
+#define OPTION_NAMES                                                                                \
+  {key_lengths, key_mask,           cu_seqlens_q, cu_seqlens_k, mask,   bias,        relative_bias, \
+   temperature, temperature_number, scale,        scale_number, causal, window_left, window_right,  \
+   softcap,     dropout_p,          seed}
+
 // An AttentionParams with what its pointers point to.
 struct Attention : AttentionParams {
   std::vector<AttentionSequence> sequences;
   std::vector<int32_t> keys;
+  std::vector<float> hidden_keys;
 
-  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_lengths,
-            const OptionalTensor& key_mask, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-            const OptionalTensor& temperature_tensor, double temperature_given, const OptionalTensor& scale_tensor,
-            double scale_given)
-      : AttentionParams{} {
+  Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) : AttentionParams{} {
     heads = q.size(1);
     kv_heads = k.size(1);
     dim = q.size(q.dim() - 1);
@@ -96,14 +141,26 @@ struct Attention : AttentionParams {
     query = strided(q);
     key = strided(k);
     value = strided(v);
-    if (temperature_tensor) temperature = broadcast(*temperature_tensor, packed(q));
-    if (scale_tensor) scale = broadcast(*scale_tensor, packed(q));
-    temperature_number = float(temperature_given);
-    scale_number = float(scale_given);
+    if (options.temperature) temperature = broadcast(*options.temperature, packed(q));
+    if (options.scale) scale = broadcast(*options.scale, packed(q));
+    temperature_number = float(options.temperature_number);
+    scale_number = float(options.scale_number);
+    if (options.mask) mask = grid(*options.mask);
+    if (options.bias) bias = grid(*options.bias);
+    if (options.relative_bias) {
+      relative_bias = options.relative_bias->const_data_ptr<float>();
+      reach = options.relative_bias->size(1) / 2;
+    }
+    window_left = options.window_left;
+    window_right = options.causal ? 0 : options.window_right;
+    softcap = float(options.softcap);
+    dropout_p = options.dropout_p;
+    if (options.seed) seed = uint64_t(*options.seed->const_data_ptr<int64_t>());
+    row_number = packed(q) ? Strided{nullptr, 0, 1, heads} : Strided{nullptr, heads * q.size(2), q.size(2), 1};
     if (packed(q)) {
-      find_packed(q, k, *cu_seqlens_q, cu_seqlens_k);
+      find_packed(q, k, *options.cu_seqlens_q, options.cu_seqlens_k);
     } else {
-      find_padded(q, k, key_lengths, key_mask);
+      find_padded(q, k, options.key_lengths, options.key_mask);
     }
     // The most work first. Sequences of the same size stay in their order.
     std::stable_sort(sequences.begin(), sequences.end(), [](const AttentionSequence& a, const AttentionSequence& b) {
@@ -142,6 +199,20 @@ struct Attention : AttentionParams {
       s.k_first = count ? seen[0] : 0;
       if (count && seen[count - 1] - seen[0] != count - 1) s.key = seen;  // holes: not just a first and a count
     }
+    if (ek::adjusts_scores(*this)) fill_holes(len_k);
+  }
+
+  // Options count keys, so that holes take part, hidden.
+  void fill_holes(int64_t len_k) {
+    hidden_keys.assign(keys.size(), 1);
+    for (AttentionSequence& s : sequences) {
+      if (!s.key) continue;
+      float* hidden = hidden_keys.data() + s.b * len_k;
+      for (int64_t i = 0; i < s.visible; i++) hidden[s.key[i]] = 0;
+      s.visible = s.key[s.visible - 1] - s.k_first + 1;
+      s.key = nullptr;
+      s.hidden = hidden;
+    }
   }
 
   int64_t longest() const {
@@ -161,22 +232,39 @@ struct Attention : AttentionParams {
     return floats;
   }
 
-  // Every key/value head of every sequence, by chunks of its rows or whole. A task takes as many heads, so that it can
-  // fetch the next one's rows early, as leave each thread its share.
-  std::vector<ek::AttentionTask> tasks(bool by_chunks) const {
-    std::vector<ek::AttentionTask> parts, all;
+  // A task takes as many heads, so that it can fetch the next one's rows early, as leave each thread its share.
+  int64_t heads_at_once(int64_t parts) const {
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    return std::max<int64_t>(1, std::min(kv_heads, kv_heads * parts / (16 * threads)));
+  }
+
+  std::vector<ek::AttentionTask> forward_tasks() const {
+    std::vector<ek::AttentionTask> parts, tasks;
     for (const AttentionSequence& s : sequences) {
-      const int64_t chunks = by_chunks ? (rows(s) + ek::attention_chunk - 1) / ek::attention_chunk : 1;
-      for (int64_t i = 0; i < chunks; i++) parts.push_back({&s, i, 0, kv_heads});
+      for (int64_t i = 0; i * ek::attention_chunk < rows(s); i++) parts.push_back({&s, 1, 1, 0, i, 0, kv_heads});
     }
-    const int64_t threads = int64_t(torch::stable::get_num_threads()), count = int64_t(parts.size());
-    const int64_t at_once = std::max<int64_t>(1, std::min(kv_heads, kv_heads * count / (16 * threads)));
-    for (const ek::AttentionTask& part : parts) {
-      for (int64_t first = 0; first < kv_heads; first += at_once) {
-        all.push_back({part.s, part.chunk, first, std::min(first + at_once, kv_heads)});
+    const int64_t at_once = heads_at_once(int64_t(parts.size()));
+    for (ek::AttentionTask task : parts) {
+      for (task.first = 0; task.first < kv_heads; task.first += at_once) {
+        task.end = std::min(task.first + at_once, kv_heads);
+        tasks.push_back(task);
       }
     }
-    return all;
+    return tasks;
+  }
+
+  // Where sequences share a gradient, every groups-th of them is one task's, and where heads do, all of them.
+  std::vector<ek::AttentionTask> backward_tasks(int64_t groups, bool shared_by_heads) const {
+    const int64_t count = int64_t(sequences.size());
+    const int64_t at_once = shared_by_heads ? std::max<int64_t>(1, kv_heads) : heads_at_once(groups);
+    std::vector<ek::AttentionTask> tasks;
+    for (int64_t i = 0; i < groups; i++) {
+      for (int64_t first = 0; first < kv_heads; first += at_once) {
+        tasks.push_back({&sequences[size_t(i)], (count - i + groups - 1) / groups, groups, i, 0, first,
+                         std::min(first + at_once, kv_heads)});
+      }
+    }
+    return tasks;
   }
 
   int64_t work() const {
@@ -195,38 +283,31 @@ void run(const Attention& p, Kernel kernel, const std::vector<ek::AttentionTask>
   });
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OptionalTensor key_lengths,
-                                   OptionalTensor key_mask, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                   OptionalTensor temperature, double temperature_number, OptionalTensor scale,
-                                   double scale_number) {
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OPTIONS) {
   query = ek::with_unit_stride(query);
   key = ek::with_unit_stride(key);
   value = ek::with_unit_stride(value);
-  Attention p(query, key, value, key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k, temperature, temperature_number,
-              scale, scale_number);
+  Attention p(query, key, value, OPTION_NAMES);
   Tensor out = empty_in_order_of(query, p.dim_v);
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, shape, ek::ScalarType::Float);
   p.out = strided(out);
   p.lse = strided_rows(lse);
 
-  run(p, ek::variant().attention.forward, p.tasks(true), p.work(), p.scratch(false));
+  run(p, ek::variant().attention.forward, p.forward_tasks(), p.work(), p.scratch(false));
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, OptionalTensor d_lse, Tensor query,
-                                                            Tensor key, Tensor value, OptionalTensor key_lengths,
-                                                            OptionalTensor key_mask, OptionalTensor cu_seqlens_q,
-                                                            OptionalTensor cu_seqlens_k, OptionalTensor temperature,
-                                                            double temperature_number, OptionalTensor scale,
-                                                            double scale_number, bool need_query, bool need_key,
-                                                            bool need_value, bool need_temperature, bool need_scale) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(Tensor d_out, OptionalTensor d_lse, Tensor query, Tensor key, Tensor value, OPTIONS, bool need_query,
+                   bool need_key, bool need_value, bool need_bias, bool need_relative_bias, bool need_temperature,
+                   bool need_scale) {
   d_out = ek::with_unit_stride(d_out);
   query = ek::with_unit_stride(query);
   key = ek::with_unit_stride(key);
   value = ek::with_unit_stride(value);
-  Attention p(query, key, value, key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k, temperature, temperature_number,
-              scale, scale_number);
+  Attention p(query, key, value, OPTION_NAMES);
   const std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end() - 1);
   const auto wanted = [](bool needed, const Tensor& like) {
     return needed ? empty_in_order_of(like, like.size(like.dim() - 1)) : nothing(like, like.scalar_type());
@@ -245,10 +326,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor d_out, Option
   if (need_temperature) p.d_temperature = strided_rows(d_temperature);
   if (need_scale) p.d_scale = strided_rows(d_scale);
 
-  run(p, ek::variant().attention.backward, p.tasks(false), p.work() * 3, p.scratch(true));
+  // Slots for what sequences share: 16, but not for more than 32 MB.
+  const int64_t count = int64_t(p.sequences.size());
+  const bool bias_shared = need_bias && p.bias.stride_b == 0;
+  int64_t groups = count;
+  if (bias_shared || need_relative_bias) groups = std::min<int64_t>(groups, 16);
+  if (bias_shared) groups = std::min(groups, std::max<int64_t>(2, (1 << 22) / std::max<int64_t>(1, bias->numel())));
+  Slots d_bias(bias_shared ? groups : 1, need_bias ? bias : OptionalTensor());
+  Slots d_relative_bias(groups, need_relative_bias ? relative_bias : OptionalTensor());
+  if (need_bias) {
+    int64_t strides[4] = {0, 0, 0, 0};  // contiguous, in bias's own shape
+    for (int64_t d = bias->dim() - 1, stride = 1; d >= 0; stride *= bias->size(d--)) {
+      strides[4 - bias->dim() + d] = bias->size(d) == 1 ? 0 : stride;
+    }
+    p.d_bias = {d_bias.sums.data(), strides[0], strides[1], strides[2], strides[3]};
+    p.d_bias_slot = bias_shared ? bias->numel() : 0;
+  }
+  if (need_relative_bias) p.d_relative_bias = d_relative_bias.sums.data();
+  run(p, ek::variant().attention.backward, p.backward_tasks(groups, need_bias && p.bias.stride_h == 0), p.work() * 3,
+      p.scratch(true));
   if (need_temperature) d_temperature = reduce_rows(d_temperature, *temperature);
   if (need_scale) d_scale = reduce_rows(d_scale, *scale);
-  return {d_query, d_key, d_value, d_temperature, d_scale};
+  return {d_query,
+          d_key,
+          d_value,
+          need_bias ? d_bias.sum(query, *bias) : nothing(query, ek::ScalarType::Float),
+          need_relative_bias ? d_relative_bias.sum(query, *relative_bias) : nothing(query, ek::ScalarType::Float),
+          d_temperature,
+          d_scale};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(embedkern, CPU, library) {

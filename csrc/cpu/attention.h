@@ -21,13 +21,15 @@ static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t
   const int64_t stride = attention_stride(keys), block = attention_block(keys, rows) + 16;
   const int64_t dims = p.dim + p.dim_v + 32;
   return dims * (stride + block) + block * (stride + 24) +  // forward
-         (backward ? dims * (stride + block) + dims * stride + block * stride : 0) + 1024;
+         (backward ? dims * (stride + block) + dims * stride + block * stride : 0) +
+         (adjusts_scores(p) ? stride + (backward ? 2 * block * stride : 0) : 0) + 1024;
 }
 
-// The key/value heads [first, end) of a sequence: all their rows, or in the forward pass one chunk of them.
+// The key/value heads [first, end) of `count` sequences, `step` apart: all their rows, or in the forward pass one chunk
+// of them. Tasks that run at the same time have different slots for the gradients that sequences share.
 struct AttentionTask {
   const AttentionSequence* s;
-  int64_t chunk, first, end;
+  int64_t count, step, slot, chunk, first, end;
 };
 
 struct AttentionKernels {  // next: what this thread will probably run next, or null

@@ -93,9 +93,9 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
         static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), std::free);
     std::memset(scratch.get(), 0xff, floats * 4);  // NaN
     for (int64_t i = 0; i * attention_chunk < group * lq; i++)
-      variant.attention.forward(p, {&s, i, 0, kv_heads}, nullptr, scratch.get());
+      variant.attention.forward(p, {&s, 1, 1, 0, i, 0, kv_heads}, nullptr, scratch.get());
     std::memset(scratch.get(), 0xff, floats * 4);
-    variant.attention.backward(p, {&s, 0, 0, kv_heads}, nullptr, scratch.get());
+    variant.attention.backward(p, {&s, 1, 1, 0, 0, 0, kv_heads}, nullptr, scratch.get());
 
     for (int64_t h = 0; h < kv_heads; h++) {
       std::vector<double> want_dk = zeros(lk * d), want_dv = zeros(lk * dv);

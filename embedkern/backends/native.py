@@ -38,23 +38,9 @@ POOLING = Backend("cpu", _on("cpu", "hidden"), *_POOL_OPERATORS)
 POOLING_CUDA = Backend("cuda", (_BUILT, *_on("cuda", "hidden"), _FEW_MODES), *_POOL_OPERATORS)
 
 
-def _given(*options: str) -> tuple[Rule, ...]:
-    """Options of attention that the kernel hasn't got yet."""
-
-    def rule(option: str) -> Rule:
-        return Rule(
-            lambda call: bool(call[option]) if isinstance(call[option], (bool, float)) else call[option] is not None,
-            f"{option} isn't in the CPU kernel yet",
-        )
-
-    return tuple(rule(option) for option in options)
-
-
-_ATTENTION_RULES = (*_on("cpu", "query"), *_given("relative_bias", "causal", "window", "softcap", "dropout_p"))
 _ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.default
 
-ATTENTION = Backend("cpu", (*_ATTENTION_RULES, *_given("mask", "bias")), *_ATTENTION_OPERATORS)
-ATTENTION_VARLEN = Backend("cpu", _ATTENTION_RULES, *_ATTENTION_OPERATORS)
+ATTENTION = Backend("cpu", _on("cpu", "query"), *_ATTENTION_OPERATORS)
 
 
 def _float64_beside(call: Call) -> bool:

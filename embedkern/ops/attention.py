@@ -16,7 +16,6 @@ from ..reference import attention as reference
 from . import common
 
 BACKENDS = (native.ATTENTION, Backend("reference"))
-VARLEN_BACKENDS = (native.ATTENTION_VARLEN, Backend("reference"))
 
 
 def attention(
@@ -113,7 +112,7 @@ def attention_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative_bias, temperature, scale,
         causal, window, softcap, dropout_p
     )  # fmt: skip
-    chosen = dispatch.select("attention_varlen", VARLEN_BACKENDS, backend, call)
+    chosen = dispatch.select("attention_varlen", BACKENDS, backend, call)
     if chosen.forward is None:
         out, lse = reference.attention_varlen(**call)
     else:
@@ -388,15 +387,16 @@ class AttentionFunction(torch.autograd.Function):
             backend = dispatch.select("attention", BACKENDS, backend, call)
             if backend.forward is None:
                 return _reference_forward(ctx, reference.attention, call)
-            query, key, value = call["query"], call["key"], call["value"]
-        return _forward(ctx, backend, query, key, value, (key_lengths, key_mask, None, None), temperature, scale)
+            query, key, value, window = call["query"], call["key"], call["value"], call["window"]
+        options = mask, bias, relative_bias, temperature, scale, causal, window, softcap, dropout_p
+        return _forward(ctx, backend, query, key, value, (key_lengths, key_mask, None, None), *options)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
             return *_reference_backward(ctx, reference.attention, d_out, d_lse)[:14], None, None
-        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
-        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
+        d_q, d_k, d_v, d_bias, d_relative, d_temperature, d_scale = _backward(ctx, (6, 7, 8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, d_bias, d_relative, d_temperature, d_scale, *(None,) * 6
 
 
 class AttentionVarlenFunction(torch.autograd.Function):
@@ -427,20 +427,21 @@ class AttentionVarlenFunction(torch.autograd.Function):
                 query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, relative_bias, temperature,
                 scale, causal, window, softcap, dropout_p
             )  # fmt: skip
-            backend = dispatch.select("attention_varlen", VARLEN_BACKENDS, backend, call)
+            backend = dispatch.select("attention_varlen", BACKENDS, backend, call)
             if backend.forward is None:
                 return _reference_forward(ctx, reference.attention_varlen, call)
-            query, key, value = call["query"], call["key"], call["value"]
+            query, key, value, window = call["query"], call["key"], call["value"], call["window"]
         places = None, None, cu_seqlens_q, cu_seqlens_k
-        return _forward(ctx, backend, query, key, value, places, temperature, scale)
+        options = None, None, relative_bias, temperature, scale, causal, window, softcap, dropout_p
+        return _forward(ctx, backend, query, key, value, places, *options)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
             gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
             return *gradients[:5], None, None, *gradients[5:12], None, None
-        d_q, d_k, d_v, d_temperature, d_scale = _backward(ctx, (8, 9), d_out, d_lse)
-        return d_q, d_k, d_v, None, None, None, None, None, d_temperature, d_scale, *(None,) * 6
+        d_q, d_k, d_v, _, d_relative, d_temperature, d_scale = _backward(ctx, (None, 7, 8, 9), d_out, d_lse)
+        return d_q, d_k, d_v, None, None, None, None, d_relative, d_temperature, d_scale, *(None,) * 6
 
 
 def _forward(
@@ -450,8 +451,15 @@ def _forward(
     key: Tensor,
     value: Tensor,
     places: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    bias: Tensor | None,
+    relative_bias: Tensor | None,
     temperature: float | Tensor,
     scale: float | Tensor | None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """places: key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k."""
     tau, tau_number = (temperature.float(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
@@ -459,27 +467,35 @@ def _forward(
         factor, factor_number = scale.float(), 1.0
     else:
         factor, factor_number = None, query.shape[-1] ** -0.5 if scale is None else float(scale)
+    terms = [None if x is None else x.float() for x in (bias, relative_bias)]
+    if terms[1] is not None:
+        terms[1] = terms[1].contiguous()
+    seed = reference.draw_seed(query) if dropout_p > 0 else None
+    numbers = causal, *(window or (-1, -1)), float(softcap or 0), float(dropout_p)
     ctx.set_materialize_grads(False)
     ctx.backend = backend
-    ctx.numbers = tau_number, factor_number
-    ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (temperature, scale)]
-    ctx.save_for_backward(query, key, value, *places, tau, factor)
-    return backend.forward(query, key, value, *places, tau, tau_number, factor, factor_number)
+    ctx.numbers = tau_number, factor_number, numbers
+    ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (bias, relative_bias, temperature, scale)]
+    ctx.save_for_backward(query, key, value, *places, mask, *terms, tau, factor, seed)
+    return backend.forward(
+        query, key, value, *places, mask, *terms, tau, tau_number, factor, factor_number, *numbers, seed
+    )  # fmt: skip
 
 
 def _backward(
-    ctx: Any, factors: tuple[int, int], d_out: Tensor | None, d_lse: Tensor | None
+    ctx: Any, others: tuple[int | None, ...], d_out: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """factors: where temperature and scale stand among the Function's arguments."""
-    query, key, value, *places, tau, factor = ctx.saved_tensors
+    """others: where bias, relative_bias, temperature and scale stand among the Function's arguments."""
+    query, key, value, *places_and_terms, tau, factor, seed = ctx.saved_tensors
     if d_out is None:
         d_out = value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
     given = len(ctx.needs_input_grad)
-    needs = [i < given and ctx.needs_input_grad[i] for i in (0, 1, 2, *factors)]
-    tau_number, factor_number = ctx.numbers
+    needs = [i is not None and i < given and ctx.needs_input_grad[i] for i in (0, 1, 2, *others)]
+    tau_number, factor_number, numbers = ctx.numbers
     gradients = ctx.backend.backward(
-        d_out, d_lse, query, key, value, *places, tau, tau_number, factor, factor_number, *needs
-    )
+        d_out, d_lse, query, key, value, *places_and_terms, tau, tau_number, factor, factor_number, *numbers, seed,
+        *needs
+    )  # fmt: skip
     dtypes = (query.dtype, key.dtype, value.dtype, *ctx.dtypes)
     wanted = [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, dtypes, strict=True)]
     return common.first_derivatives("attention", *wanted)

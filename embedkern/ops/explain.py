@@ -11,7 +11,7 @@ from . import attention, infonce, pooling
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "attention": (attention.attention, attention.check, attention.BACKENDS),
-    "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.VARLEN_BACKENDS),
+    "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.BACKENDS),
     "info_nce": (infonce.info_nce, infonce.check, infonce.BACKENDS),
     "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
 }
