@@ -62,6 +62,10 @@ struct AttentionSequence {
   int64_t visible, k_first;
   const int32_t* key;
   const float* hidden = nullptr;  // (k_length), not 0 for keys that aren't seen after all; null: all visible ones are
+  // The backward pass of a few long sequences runs in `splits` parts of their rows. Each writes its gradients of key
+  // and value to `partial` (splits, kv_heads, 2, attention_partial_floats), to be summed in order.
+  int64_t splits = 1;
+  float* partial = nullptr;
 };
 
 // out = dropout(softmax(z / temperature)) · v, and lse, over each row's visible keys, z = cap(scale · q·kᵀ) + bias +

@@ -33,6 +33,13 @@ def test_shapes(variant: str, shape: tuple[int, ...], dtype: torch.dtype) -> Non
     check(*inputs(*shape, dtype))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2000, 70, 16, 24), (2, 2, 1, 800, 300, 8, 8)])
+def test_few_long_sequences(shape: tuple[int, ...]) -> None:
+    """Their rows are split, and the parts' gradients of key and value summed."""
+    check(*inputs(*shape))
+    check(*inputs(*shape), window=(30, 20), temperature=torch.rand(()) + 0.5)
+
+
 def test_against_sdpa() -> None:
     q, k, v = inputs(2, 4, 2, 33, 65, 32, 32)
     wanted = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)

@@ -131,6 +131,7 @@ struct Attention : AttentionParams {
   std::vector<AttentionSequence> sequences;
   std::vector<int32_t> keys;
   std::vector<float> hidden_keys;
+  std::vector<std::vector<float>> partials;
 
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) : AttentionParams{} {
     heads = q.size(1);
@@ -259,10 +260,31 @@ struct Attention : AttentionParams {
     const int64_t at_once = shared_by_heads ? std::max<int64_t>(1, kv_heads) : heads_at_once(groups);
     std::vector<ek::AttentionTask> tasks;
     for (int64_t i = 0; i < groups; i++) {
-      for (int64_t first = 0; first < kv_heads; first += at_once) {
-        tasks.push_back({&sequences[size_t(i)], (count - i + groups - 1) / groups, groups, i, 0, first,
-                         std::min(first + at_once, kv_heads)});
+      for (int64_t chunk = 0; chunk < sequences[size_t(i)].splits; chunk++) {
+        for (int64_t first = 0; first < kv_heads; first += at_once) {
+          tasks.push_back({&sequences[size_t(i)], (count - i + groups - 1) / groups, groups, i, chunk, first,
+                           std::min(first + at_once, kv_heads)});
+        }
       }
+    }
+    return tasks;
+  }
+
+  // Splits the sequences whose parts would leave threads idle.
+  void split() {
+    const int64_t count = int64_t(sequences.size());
+    for (AttentionSequence& s : sequences) {
+      s.splits = ek::attention_splits(count, kv_heads, rows(s));
+      if (s.splits == 1) continue;
+      partials.emplace_back(size_t(s.splits * kv_heads * 2 * ek::attention_partial_floats(*this, s.visible)));
+      s.partial = partials.back().data();
+    }
+  }
+
+  std::vector<ek::AttentionTask> split_heads() const {
+    std::vector<ek::AttentionTask> tasks;
+    for (const AttentionSequence& s : sequences) {
+      for (int64_t h = 0; s.partial && h < kv_heads; h++) tasks.push_back({&s, 1, 1, 0, 0, h, h + 1});
     }
     return tasks;
   }
@@ -343,8 +365,12 @@ Gradients backward(Tensor d_out, OptionalTensor d_lse, Tensor query, Tensor key,
     p.d_bias_slot = bias_shared ? bias->numel() : 0;
   }
   if (need_relative_bias) p.d_relative_bias = d_relative_bias.sums.data();
+  if (!need_bias && !need_relative_bias) p.split();
   run(p, ek::variant().attention.backward, p.backward_tasks(groups, need_bias && p.bias.stride_h == 0), p.work() * 3,
       p.scratch(true));
+  const std::vector<ek::AttentionTask> split = p.split_heads();
+  ek::for_tasks(int64_t(split.size()), p.work(), 0,
+                [&](int64_t i, float*) { ek::variant().attention.sum_parts(p, split[size_t(i)]); });
   if (need_temperature) d_temperature = reduce_rows(d_temperature, *temperature);
   if (need_scale) d_scale = reduce_rows(d_scale, *scale);
   return {d_query,

@@ -148,10 +148,16 @@ void row_gradients(const AttentionParams& p, Row row, int64_t m, const Panel& d_
   }
 }
 
+// Where part `chunk` of a split sequence leaves the gradient of a head's keys (0) or values (1).
+float* part(const AttentionParams& p, const AttentionSequence& s, int64_t chunk, int64_t kv_head, int which) {
+  return s.partial + ((chunk * p.kv_heads + kv_head) * 2 + which) * attention_partial_floats(p, s.visible);
+}
+
 template <class T>
-void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t slot, float* memory,
-                    Ahead& ahead) {
-  const int64_t all = p.heads / p.kv_heads * s.q_length;
+void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t slot, int64_t chunk,
+                    float* memory, Ahead& ahead) {
+  const int64_t rows = p.heads / p.kv_heads * s.q_length, part_rows = (rows + s.splits - 1) / s.splits;
+  const int64_t begin = chunk * part_rows, end = least(rows, begin + part_rows), all = most(0, end - begin);
   const int64_t n = s.visible, ld = attention_stride(n);
   const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W), block = attention_block(n, all);
   const bool direct = in_place<T>(p, s), bounded = p.window_left >= 0 || p.window_right >= 0;
@@ -172,6 +178,10 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     if (p.d_key.data) d_k = {key_row<float>(p.d_key, s, kv_head, 0), p.d_key.stride_t};
     if (p.d_value.data) d_v = {key_row<float>(p.d_value, s, kv_head, 0), p.d_value.stride_t};
   }
+  if (s.partial) {
+    d_k.x = part(p, s, chunk, kv_head, 0);
+    d_v.x = part(p, s, chunk, kv_head, 1);
+  }
   if (b.key_bias) {
     find_key_bias(s, nullptr, 0, b.key_bias);
     finite_only(k.x, n * dim);
@@ -185,9 +195,9 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }
   }
 
-  for (int64_t start = 0; start < all; start += block) {
-    const int64_t m = least(block, all - start);
-    const bool add = start > 0 || bounded, d_q_direct = direct && p.d_query.data;
+  for (int64_t start = begin; start < end; start += block) {
+    const int64_t m = least(block, end - start);
+    const bool add = start > begin || bounded, d_q_direct = direct && p.d_query.data;
     Row row(p, s, kv_head, start);
     if (d_q_direct) d_q = {row.in<float>(p.d_query), p.d_query.stride_t};
     if (n == 0) {
@@ -238,8 +248,24 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }
     if (p.d_query.data && !d_q_direct) scatter_rows<T>(p.d_query, row, m, p.dim, d_q.x);
   }
+  if (s.partial) return;
   if (p.d_key.data) scatter_keys<T>(p.d_key, s, kv_head, p.dim, direct ? nullptr : d_k.x);
   if (p.d_value.data) scatter_keys<T>(p.d_value, s, kv_head, p.dim_v, direct ? nullptr : d_v.x);
+}
+
+template <class T>
+void sum_parts_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head) {
+  for (int which = 0; which < 2; which++) {
+    const Strided& to = which == 0 ? p.d_key : p.d_value;
+    const int64_t dim = which == 0 ? p.dim : p.dim_v;
+    if (!to.data) continue;
+    float* sum = part(p, s, 0, kv_head, which);
+    for (int64_t chunk = 1; chunk < s.splits; chunk++) {
+      const float* x = part(p, s, chunk, kv_head, which);
+      for (int64_t i = 0; i < s.visible * round_up(dim, W); i += W) store(sum + i, load(sum + i) + load(x + i));
+    }
+    scatter_keys<T>(to, s, kv_head, dim, sum);
+  }
 }
 
 // A task's heads, each with the rows of what comes after it: the task's next head, or `next`'s first.
@@ -284,13 +310,16 @@ void forward(const AttentionParams& p, const AttentionTask& task, const Attentio
 }
 void backward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* next, float* scratch) {
   BY_DTYPE(p.dtype, each_head<T>(p, task, next, true, [&](const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
-             backward_typed<T>(p, s, kv_head, task.slot, scratch, ahead);
+             backward_typed<T>(p, s, kv_head, task.slot, task.chunk, scratch, ahead);
            }))
+}
+void sum_parts(const AttentionParams& p, const AttentionTask& task) {
+  BY_DTYPE(p.dtype, sum_parts_typed<T>(p, *task.s, task.first))
 }
 
 }  // namespace
 
 extern const AttentionKernels attention;  // without this line a const is private to the file
-const AttentionKernels attention = {forward, backward};
+const AttentionKernels attention = {forward, backward, sum_parts};
 
 }  // namespace ek::EK_VARIANT

@@ -73,8 +73,8 @@ struct Panel {
 // or so apart, push each other out of the first-level cache, and to copy them costs little beside the products.
 template <class T>
 bool in_place(const AttentionParams& p, const AttentionSequence& s) {
-  return std::is_same<T, float>::value && p.heads == p.kv_heads && !s.key && !adjusts_scores(p) && s.visible <= 64 &&
-         p.dim % W == 0 && p.dim_v % W == 0;
+  return std::is_same<T, float>::value && p.heads == p.kv_heads && !s.key && !s.partial && !adjusts_scores(p) &&
+         s.visible <= 64 && p.dim % W == 0 && p.dim_v % W == 0;
 }
 
 struct Scratch {

@@ -82,6 +82,14 @@ def _temperature() -> Iterator[Row]:
     yield versus("attention", work, learned, fixed, "the same without its gradient", "≥ 0.97", best=True)
 
 
+def _relative_bias() -> Iterator[Row]:
+    tensors = _heads(TOKENS // 128, 128, 32)
+    bias = torch.randn(HEADS, 255, requires_grad=True)
+    ours = _step(lambda q, k, v: attention(q, k, v, relative_bias=bias), *tensors, bias)
+    work = f"relative_bias with gradient, H={HEADS} D=32 L=128 float32"
+    yield versus("attention", work, ours, _step(attention, *tensors), "the call without it", "≥ 0.8", best=True)
+
+
 def _lengths() -> Iterator[Row]:
     """Time against length at the same tokens · L, and the rate at L = 16."""
 
@@ -104,4 +112,5 @@ def rows() -> Iterator[Row]:
     yield from _full_batches()
     yield from _ragged()
     yield from _temperature()
+    yield from _relative_bias()
     yield from _lengths()
