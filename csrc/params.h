@@ -73,6 +73,7 @@ struct AttentionSequence {
 struct AttentionParams {
   int64_t heads, kv_heads, dim, dim_v;
   DType dtype;  // of query, key, value, out and their gradients
+  bool large;   // results are larger than the caches, and their rows aligned to 64 bytes
   Strided query, key, value, out;
   Strided temperature, scale, lse;  // float; without data the number below
   float temperature_number, scale_number;

@@ -40,6 +40,19 @@ def test_few_long_sequences(shape: tuple[int, ...]) -> None:
     check(*inputs(*shape), window=(30, 20), temperature=torch.rand(()) + 0.5)
 
 
+def test_results_larger_than_the_caches(variant: str) -> None:
+    """They are written past the caches: the same bits as in two halves, which aren't."""
+    q, k, v = inputs(512, 4, 4, 33, 32, 32, 32)
+    upstream = torch.randn(512, 33, 4, 32).transpose(1, 2)
+    pieces = []
+    for part in (slice(512), slice(256), slice(256, 512)):
+        leaves = [x[part].requires_grad_() for x in (q, k, v)]
+        out = ek.attention(*leaves, backend="cpu")
+        pieces.append((out.detach(), *torch.autograd.grad(out, leaves, upstream[part])))
+    for together, first, second in zip(*pieces, strict=True):
+        assert torch.equal(together, torch.cat([first, second]))
+
+
 def test_against_sdpa() -> None:
     q, k, v = inputs(2, 4, 2, 33, 65, 32, 32)
     wanted = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)

@@ -106,6 +106,14 @@ struct Slots {
   }
 };
 
+// Whether the smallest of these doesn't fit a core's caches.
+bool is_large(std::initializer_list<Tensor> results) {
+  return std::all_of(results.begin(), results.end(), [](const Tensor& x) {
+    const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 64 == 0;
+    return x.numel() == 0 || (x.numel() * int64_t(x.element_size()) >= 8 << 20 && aligned);
+  });
+}
+
 struct Options {
   OptionalTensor key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k, mask, bias, relative_bias, temperature;
   double temperature_number;
@@ -314,6 +322,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OPTIO
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, shape, ek::ScalarType::Float);
   p.out = strided(out);
+  p.large = is_large({out});
   p.lse = strided_rows(lse);
 
   run(p, ek::variant().attention.forward, p.forward_tasks(), p.work(), p.scratch(false));
@@ -365,6 +374,7 @@ Gradients backward(Tensor d_out, OptionalTensor d_lse, Tensor query, Tensor key,
     p.d_bias_slot = bias_shared ? bias->numel() : 0;
   }
   if (need_relative_bias) p.d_relative_bias = d_relative_bias.sums.data();
+  p.large = is_large({d_query, d_key, d_value});
   if (!need_bias && !need_relative_bias) p.split();
   run(p, ek::variant().attention.backward, p.backward_tasks(groups, need_bias && p.bias.stride_h == 0), p.work() * 3,
       p.scratch(true));

@@ -45,7 +45,7 @@ void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row,
     gather_rows<T>(p.query, row, m, p.dim, nullptr, b.q.x);
   }
   gemm<false>(m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
-              b.factors.scale, ahead);
+              {b.factors.scale}, ahead);
   if (b.key_bias) adjust(p, row, m, range, b.key_bias, b.scores, b.cap_slope, ld);
   for (int64_t i = 0; b.z && i < m * ld; i += W) store(b.z + i, load(b.scores + i));
   exponentials(b.scores, ld, m, range.n, b.factors, b.top, b.sum);
@@ -56,6 +56,11 @@ void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row,
   for (int64_t i = 0; b.key_bias && i < m; i++) {  // a row that sees no key: 0 · NaN would be NaN in d_k
     for (int64_t c = 0; b.sum[i] == 0 && c < b.q.ld; c += W) store(b.q.x + i * b.q.ld + c, Vec{});
   }
+}
+
+// Where results don't fit the caches, writing past them saves reading them first, a fifth of the traffic at L = 32.
+bool streams(const AttentionParams& p, const AttentionSequence& s, bool direct) {
+  return p.large && direct && s.q_length <= KC;
 }
 
 // What dropout leaves is divided by 1 - dropout_p: in the reciprocals of the sums, which are multiplied to it anyway.
@@ -104,7 +109,8 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
       scale_kept(p, m, b.reciprocal);
     }
     if (direct) out = {row.in<float>(p.out), p.out.stride_t};
-    gemm<false>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first * v.ld, v.ld, out.x, out.ld, b.reciprocal, ahead);
+    gemm<false>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first * v.ld, v.ld, out.x, out.ld,
+                {b.reciprocal, streams(p, s, direct)}, ahead);
     if (!direct) scatter_rows<T>(p.out, row, m, p.dim_v, out.x);
     for (int64_t i = 0; i < m; i += W) {
       const Vec sum = load(b.sum + i), lse = load(b.top + i) * load(b.factors.inverse + i) + log(sum);
@@ -116,11 +122,11 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
 
 // sum (n, dim) = or += panelᵀ · x, of m rows
 void add_product(bool add, int64_t n, int64_t dim, int64_t m, const float* panel, int64_t ld, const Panel& x,
-                 float* sum, int64_t sum_ld, Ahead& ahead) {
+                 float* sum, int64_t sum_ld, bool stream, Ahead& ahead) {
   if (add) {
-    gemm<true>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, nullptr, ahead);
+    gemm<true>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
   } else {
-    gemm<false>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, nullptr, ahead);
+    gemm<false>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
   }
 }
 
@@ -187,6 +193,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     finite_only(k.x, n * dim);
     finite_only(v_transposed, p.dim_v * ld);
   }
+  const bool stream = streams(p, s, direct) && end - begin <= block;
   for (int64_t i = 0; i < block; i++) d_lse[i] = 0;
   if (all == 0 || bounded) {  // no block writes them, or none writes them all
     for (int64_t j = 0; j < n; j++) {
@@ -223,11 +230,11 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }
     gather_rows<T>(p.d_out, row, m, p.dim_v, g_factor, d_out.x);
     if (p.d_value.data) {
-      add_product(add, range.n, dim_v, m, weights, ld, d_out, d_v.x + range.first * d_v.ld, d_v.ld, ahead);
+      add_product(add, range.n, dim_v, m, weights, ld, d_out, d_v.x + range.first * d_v.ld, d_v.ld, stream, ahead);
     }
     if (!scores_wanted) continue;
     gemm<false>(m, round_up(range.n, W), p.dim_v, d_out.x, d_out.ld, 1, v_transposed + range.first, ld, d_scores, ld,
-                nullptr, ahead);
+                {}, ahead);
     if (p.dropout_p > 0) drop(p, row, m, range, d_scores, d_scores, ld);
     Row r = row;
     for (int64_t i = 0; p.d_lse.data && i < m; i++, r.next()) d_lse[i] = b.sum[i] == 0 ? 0 : *r.in<float>(p.d_lse);
@@ -240,11 +247,12 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       adjust_backward(p, row, m, range, slot, b.z, b.top, b.factors.inverse, d_lse, b.cap_slope, d_scores, ld);
     }
     if (p.d_query.data || rows_wanted) {
-      gemm<false>(m, dim, range.n, d_scores, ld, 1, k.x + range.first * k.ld, k.ld, d_q.x, d_q.ld, nullptr, ahead);
+      gemm<false>(m, dim, range.n, d_scores, ld, 1, k.x + range.first * k.ld, k.ld, d_q.x, d_q.ld,
+                  {nullptr, stream && d_q_direct && !rows_wanted}, ahead);
     }
     if (rows_wanted) row_gradients<T>(p, row, m, d_q, d_scores, ld, b, excess);
     if (p.d_key.data) {
-      add_product(add, range.n, dim, m, d_scores, ld, b.q, d_k.x + range.first * d_k.ld, d_k.ld, ahead);
+      add_product(add, range.n, dim, m, d_scores, ld, b.q, d_k.x + range.first * d_k.ld, d_k.ld, stream, ahead);
     }
     if (p.d_query.data && !d_q_direct) scatter_rows<T>(p.d_query, row, m, p.dim, d_q.x);
   }
@@ -290,17 +298,20 @@ void each_head(const AttentionParams& p, const AttentionTask& task, const Attent
       ahead.add<T>(p.key, *then, then_head, key, keys, p.dim);
       ahead.add<T>(p.value, *then, then_head, key, keys, p.dim_v);
       ahead.add<T>(p.query, *then, head, then->q_start, rows, p.dim);
-      ahead.add<T>(p.out, *then, head, then->q_start, rows, p.dim_v);
       ahead.add<T>(p.d_out, *then, head, then->q_start, rows, p.dim_v);
-      ahead.add<T>(p.d_query, *then, head, then->q_start, rows, p.dim);
-      ahead.add<T>(p.d_key, *then, then_head, key, keys, p.dim);
-      ahead.add<T>(p.d_value, *then, then_head, key, keys, p.dim_v);
+      if (!streams(p, now, in_place<T>(p, now))) {
+        ahead.add<T>(p.out, *then, head, then->q_start, rows, p.dim_v);
+        ahead.add<T>(p.d_query, *then, head, then->q_start, rows, p.dim);
+        ahead.add<T>(p.d_key, *then, then_head, key, keys, p.dim);
+        ahead.add<T>(p.d_value, *then, then_head, key, keys, p.dim_v);
+      }
       const int64_t m = group * now.q_length, n = now.visible;
       ahead.spread_over(1 + gemm_tiles(m, n) * (backward ? 2 : 1) + gemm_tiles(m, p.dim_v) +
                         (backward ? 2 * gemm_tiles(n, p.dim) : 0));
     }
     run(now, task.first + i % heads, ahead);
   }
+  if (p.large) fence();
 }
 
 void forward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* next, float* scratch) {

@@ -1,7 +1,7 @@
 // Products of float32 matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n): A by any
 // strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C by rows ldc apart.
-// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k. `factor`, where it
-// isn't null, has what each row of A · B is multiplied by; before each tile meanwhile.step() may fetch memory ahead.
+// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k. Before each
+// tile meanwhile.step() may fetch memory ahead.
 #pragma once
 #include "simd.h"
 
@@ -10,6 +10,15 @@ namespace {
 
 constexpr int MR = W == 16 ? 12 : 6, NV = 2;  // 24 of AVX-512's 32 registers accumulate, 12 of AVX2's and SSE's 16
 constexpr int NR = NV * W;
+
+// What a finished tile gets: factor, where it isn't null, has what each row of A · B is multiplied by. stream: it goes
+// past the caches to C, whose rows are aligned to vectors.
+struct End {
+  const float* factor = nullptr;
+  bool stream = false;
+
+  EK_INLINE End from_row(int64_t i) const { return {factor ? factor + i : nullptr, stream}; }
+};
 
 struct Nothing {
   EK_INLINE void step() {}
@@ -20,7 +29,7 @@ EK_INLINE int64_t gemm_tiles(int64_t m, int64_t n) { return (m + MR - 1) / MR * 
 
 template <int mr, int nv, bool add>
 EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
-                         int64_t ldc, const float* factor) {
+                         int64_t ldc, const End& end) {
   Vec sums[mr][nv];
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
@@ -37,11 +46,18 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
       for (int j = 0; j < nv; j++) sums[i][j] += element * row[j];
     }
   }
-  if (factor) {
+  if (end.factor) {
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < nv; j++) sums[i][j] *= factor[i];
+      for (int j = 0; j < nv; j++) sums[i][j] *= end.factor[i];
+  }
+  if (!add && end.stream) {
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < nv; j++) stream(c + i * ldc + j * W, sums[i][j]);
+    return;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
@@ -55,39 +71,38 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 // The rows that remain below whole tiles: mr counts down to the m that is left.
 template <int mr, int nv, bool add>
 EK_INLINE void gemm_rows(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                         int64_t ldb, float* c, int64_t ldc, const float* factor) {
+                         int64_t ldb, float* c, int64_t ldc, const End& end) {
   if constexpr (mr > 0) {
-    if (m == mr) return gemm_tile<mr, nv, add>(k, a, a_row, a_col, b, ldb, c, ldc, factor);
-    gemm_rows<mr - 1, nv, add>(m, k, a, a_row, a_col, b, ldb, c, ldc, factor);
+    if (m == mr) return gemm_tile<mr, nv, add>(k, a, a_row, a_col, b, ldb, c, ldc, end);
+    gemm_rows<mr - 1, nv, add>(m, k, a, a_row, a_col, b, ldb, c, ldc, end);
   }
 }
 
 template <int nv, bool add, class Meanwhile>
 void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-                  float* c, int64_t ldc, const float* factor, Meanwhile& meanwhile) {
+                  float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   // A tile of few rows waits for its own sums and takes as long as a whole one: 8 = 4 + 4 rows, not 6 + 2.
   const int64_t rest = m % MR, whole = m - rest - (m > MR && rest > 0 && rest <= MR / 3 ? MR : 0);
   int64_t i = 0;
   for (; i < whole; i += MR) {
     meanwhile.step();
-    gemm_tile<MR, nv, add>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, factor ? factor + i : nullptr);
+    gemm_tile<MR, nv, add>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, end.from_row(i));
   }
   while (i < m) {
     const int64_t rows = m - i < MR ? m - i : (m - i + 1) / 2;
     meanwhile.step();
-    gemm_rows<MR - 1, nv, add>(rows, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
-                               factor ? factor + i : nullptr);
+    gemm_rows<MR - 1, nv, add>(rows, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, end.from_row(i));
     i += rows;
   }
 }
 
 template <int nv, bool add, class Meanwhile>
 EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                         int64_t ldb, float* c, int64_t ldc, const float* factor, Meanwhile& meanwhile) {
+                         int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   if (add || l > 0) {
-    gemm_columns<nv, true>(m, k, a, a_row, a_col, b, ldb, c, ldc, factor, meanwhile);
+    gemm_columns<nv, true>(m, k, a, a_row, a_col, b, ldb, c, ldc, end, meanwhile);
   } else {
-    gemm_columns<nv, false>(m, k, a, a_row, a_col, b, ldb, c, ldc, factor, meanwhile);
+    gemm_columns<nv, false>(m, k, a, a_row, a_col, b, ldb, c, ldc, end, meanwhile);
   }
 }
 
@@ -96,16 +111,16 @@ constexpr int64_t KC = 128;
 
 template <bool add, class Meanwhile>
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-          float* c, int64_t ldc, const float* factor, Meanwhile& meanwhile) {
+          float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   for (int64_t l = 0; l < k || (l == 0 && !add); l += KC) {
     const int64_t depth = least(KC, k - l);
     const float *a_l = a + l * a_col, *b_l = b + l * ldb;
     for (int64_t j = 0; j < n; j += NR) {
       if (n - j < NR) {
         for (; j < n; j += W)
-          gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, factor, meanwhile);
+          gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end, meanwhile);
       } else {
-        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, factor, meanwhile);
+        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end, meanwhile);
       }
     }
   }
@@ -115,7 +130,7 @@ template <bool add>
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
           float* c, int64_t ldc) {
   Nothing nothing;
-  gemm<add>(m, n, k, a, a_row, a_col, b, ldb, c, ldc, nullptr, nothing);
+  gemm<add>(m, n, k, a, a_row, a_col, b, ldb, c, ldc, {}, nothing);
 }
 
 }  // namespace

@@ -77,6 +77,21 @@ EK_INLINE float max_lanes(Vec x) {
 EK_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 EK_INLINE void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
+// Past the caches, p aligned to a whole vector; fence() before another thread may read it.
+#if defined(EK_LANES)
+EK_INLINE void stream(float* p, Vec x) { store(p, x); }
+EK_INLINE void fence() {}
+#elif defined(__AVX512F__)
+EK_INLINE void stream(float* p, Vec x) { _mm512_stream_ps(p, (__m512)x); }
+EK_INLINE void fence() { _mm_sfence(); }
+#elif defined(__AVX2__)
+EK_INLINE void stream(float* p, Vec x) { _mm256_stream_ps(p, (__m256)x); }
+EK_INLINE void fence() { _mm_sfence(); }
+#else
+EK_INLINE void stream(float* p, Vec x) { store(p, x); }
+EK_INLINE void fence() {}
+#endif
+
 EK_INLINE Vec load(const Bf16* p) {
   const HVec bits = *reinterpret_cast<const HVec*>(p);
   return (Vec)(__builtin_convertvector(bits, UVec) << 16);
