@@ -110,30 +110,22 @@ def _info_nce(
     negatives: Tensor | None,
     positives: Tensor | None,
     targets: Tensor | None,
-    temperature: Tensor,
-    query_labels: Tensor | None,
-    document_labels: Tensor | None,
-    same_positive: bool,
-    label_smoothing: float,
-    cosine: bool,
-    metrics: bool,
-    d_loss: Tensor | None,
-    d_queries: bool,
-    d_documents: bool,
-    d_negatives: bool,
-    d_positives: bool,
-    d_temperature: bool,
+    rows: int,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     n, dim = queries.shape
-    k = 0 if negatives is None else negatives.shape[1]
+    query_to_query, doc_to_query = rest[16:18]
+    metrics, _, d_queries, d_documents, d_negatives, d_positives, d_temperature = rest[20:]
+    k, padded_dim = 0 if negatives is None else negatives.shape[1], (dim + 15) // 16 * 16
     wanted = (
-        (True, (n,)),
-        (metrics, (n, 4)),
-        (d_queries, (n, dim)),
-        (d_documents, (documents.shape[0], (dim + 15) // 16 * 16)),
-        (d_negatives, (n, k, dim)),
-        (d_positives, (n, dim)),
-        (d_temperature, (n,)),
+        (True, (rows,)),
+        (metrics, (rows, 4)),
+        (d_queries, (rows, dim)),
+        (d_queries and (query_to_query or doc_to_query), (n, padded_dim)),
+        (d_documents, (documents.shape[0], padded_dim)),
+        (d_negatives, (rows, k, dim)),
+        (d_positives, (rows, dim)),
+        (d_temperature, (rows,)),
     )
     return tuple(queries.new_empty(shape if wants else (0,), dtype=torch.float32) for wants, shape in wanted)
 
@@ -164,12 +156,16 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor d_temperature, Tensor d_scale)",
         _attention_backward,
     ),
-    # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
+    # The losses of `rows` queries from `offset` on. Gradients of Σ d_loss · loss, float32; those not wanted are empty.
+    # d_query_columns and d_documents have their rows rounded up to 16.
     "info_nce": (
-        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, Tensor temperature, "
-        "Tensor? query_labels, Tensor? document_labels, bool same_positive, float label_smoothing, bool cosine, "
-        "bool metrics, Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, "
-        "bool d_temperature) -> (Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_documents, "
+        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, SymInt rows, "
+        "SymInt offset, SymInt period, Tensor temperature, Tensor? query_labels, Tensor? document_labels, "
+        "bool same_positive, Tensor? guide_queries, Tensor? guide_documents, float margin, bool relative, "
+        "Tensor? document_weights, Tensor? negative_weights, int hardness, float strength, float label_smoothing, "
+        "bool cosine, bool query_to_query, bool doc_to_query, bool doc_to_doc, bool per_direction, bool metrics, "
+        "Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, bool d_temperature) -> "
+        "(Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_query_columns, Tensor d_documents, "
         "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,
     ),
