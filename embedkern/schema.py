@@ -130,6 +130,39 @@ def _info_nce(
     return tuple(queries.new_empty(shape if wants else (0,), dtype=torch.float32) for wants, shape in wanted)
 
 
+def _contrastive_distillation(
+    student_queries: Tensor,
+    student_documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    temperature: Tensor,
+    teacher_temperature: float,
+    kl: bool,
+    d_queries: bool,
+    d_documents: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (), student_queries.shape if d_queries else (0,), student_documents.shape if d_documents else (0,), ()
+    like = (student_queries, student_documents, temperature)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in like) else torch.float32
+    return tuple(student_queries.new_empty(shape, dtype=wide) for shape in shapes)
+
+
+def _sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    total: int,
+    d_images: bool,
+    d_texts: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (), images.shape if d_images else (0,), texts.shape if d_texts else (0,), (), ()
+    like = (images, texts, logit_scale, logit_bias)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in like) else torch.float32
+    return tuple(images.new_empty(shape, dtype=wide) for shape in shapes)
+
+
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "pool_forward": (
         "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
@@ -169,6 +202,20 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,
     ),
+    # written in torch (backends/panels.py): the loss and its gradients, float32; those not wanted are empty
+    "contrastive_distillation": (
+        "(Tensor student_queries, Tensor student_documents, Tensor teacher_queries, Tensor teacher_documents, "
+        "Tensor temperature, float teacher_temperature, bool kl, bool d_queries, bool d_documents) -> "
+        "(Tensor loss, Tensor d_queries, Tensor d_documents, Tensor d_temperature)",
+        _contrastive_distillation,
+    ),
+    # image i's text is text offset + i; the sum over pairs is divided by `total`
+    "sigmoid_loss": (
+        "(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, SymInt offset, SymInt total, "
+        "bool d_images, bool d_texts) -> "
+        "(Tensor loss, Tensor d_images, Tensor d_texts, Tensor d_logit_scale, Tensor d_logit_bias)",
+        _sigmoid_loss,
+    ),
 }
 
 
@@ -190,3 +237,8 @@ for _name, (_signature, _fake) in OPERATORS.items():
     torch.library.register_fake(f"embedkern::{_name}", _fake, lib=_library)
 
 OPS = torch.ops.embedkern
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Gives an operator its kernel in Python, for every device."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
