@@ -133,6 +133,8 @@ struct InfoNCEPass {
 
 enum InfoNCEHardness : int64_t { no_hardness, in_batch_negatives, hard_negatives, all_negatives };
 
+constexpr int64_t infonce_levels = 8;  // prefixes that one call takes
+
 // loss[i] = log Σ_j exp z_ij - z_i,targets[i], z_ij = sim(q_i, d_j) / τ_i + constants, and the gradients of
 // Σ_i d_loss[i] · loss[i]. Rows are taken panel by panel: between `rows` and `columns` stand a panel's exponentials.
 struct InfoNCEParams {
@@ -158,8 +160,15 @@ struct InfoNCEParams {
   float strength;
   int64_t period;                // documents j ≡ targets[i] modulo this are of row i's query
   const float* negative_weight;  // (n, k), log; null: no weights
-  const float* d_loss;           // (n); null without any gradient
-  float* loss;                   // (n)
+  // Matryoshka: the weighted sum of losses over prefixes; 0: the whole vectors alone.
+  int64_t levels;
+  int64_t level_end[infonce_levels];  // ascending, whole vectors but for the last, dim
+  float level_weight[infonce_levels];
+  float* ratio;         // (levels, m): what makes a document's unit vector's prefix one
+  float* column_z_dz;   // (levels, m): Σ_i dz_ij z_ij
+  float* tile_z_dz;     // (groups, levels, m), of a panel
+  const float* d_loss;  // (n); null without any gradient
+  float* loss;          // (n)
   float* metrics;  // (n, 4) or null: does nothing beat the positive, its similarity, Σ and number of the negatives'
   // Gradients beside the columns', null where they aren't wanted, contiguous.
   float* d_queries;      // (n, dim), as rows

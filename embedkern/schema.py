@@ -115,7 +115,7 @@ def _info_nce(
 ) -> tuple[Tensor, ...]:
     n, dim = queries.shape
     query_to_query, doc_to_query = rest[16:18]
-    metrics, _, d_queries, d_documents, d_negatives, d_positives, d_temperature = rest[20:]
+    metrics, _, d_queries, d_documents, d_negatives, d_positives, d_temperature = rest[22:]
     k, padded_dim = 0 if negatives is None else negatives.shape[1], (dim + 15) // 16 * 16
     wanted = (
         (True, (rows,)),
@@ -190,14 +190,16 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         _attention_backward,
     ),
     # The losses of `rows` queries from `offset` on. Gradients of Σ d_loss · loss, float32; those not wanted are empty.
-    # d_query_columns and d_documents have their rows rounded up to 16.
+    # d_query_columns and d_documents have their rows rounded up to 16. Prefixes ascend by multiples of 16 but for the
+    # last, whole vectors; at most 8, of query_to_doc without negatives, positives, several targets, weights, metrics.
     "info_nce": (
         "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, SymInt rows, "
         "SymInt offset, SymInt period, Tensor temperature, Tensor? query_labels, Tensor? document_labels, "
         "bool same_positive, Tensor? guide_queries, Tensor? guide_documents, float margin, bool relative, "
         "Tensor? document_weights, Tensor? negative_weights, int hardness, float strength, float label_smoothing, "
-        "bool cosine, bool query_to_query, bool doc_to_query, bool doc_to_doc, bool per_direction, bool metrics, "
-        "Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, bool d_temperature) -> "
+        "bool cosine, bool query_to_query, bool doc_to_query, bool doc_to_doc, bool per_direction, SymInt[] prefixes, "
+        "float[] prefix_weights, bool metrics, Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, "
+        "bool d_positives, bool d_temperature) -> "
         "(Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_query_columns, Tensor d_documents, "
         "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,

@@ -132,11 +132,12 @@ def test_opcheck() -> None:
     q, d, tau = torch.randn(5, 7), torch.randn(6, 7, dtype=torch.bfloat16), torch.rand(3) + 0.1
     labels, guides = (torch.arange(5), torch.arange(6)), (torch.randn(5, 4), torch.randn(6, 4))
     everything = (q, d, torch.randn(3, 2, 7), torch.randn(3, 7), torch.arange(3), 3, 1, 5, tau, *labels, True, *guides,
-                  0.1, True, torch.rand(6), torch.rand(3, 2), 3, 0.5, 0.1, *(True,) * 4, False, True)  # fmt: skip
+                  0.1, True, torch.rand(6), torch.rand(3, 2), 3, 0.5, 0.1, *(True,) * 4, False, [], [],
+                  True)  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(OPS.info_nce.default, (*everything, torch.ones(3), *(True,) * 5), test_utils=tests)
     bare = (q, d, None, None, None, 5, 0, 6, tau[0], None, None, False, None, None, 0.0, False, None, None, 0, 0.0, 0.0,
-            *(False,) * 6, None, *(False,) * 5)  # fmt: skip
+            *(False,) * 5, [], [], False, None, *(False,) * 5)  # fmt: skip
     torch.library.opcheck(OPS.info_nce.default, bare, test_utils=tests)
 
 

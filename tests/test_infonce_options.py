@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from infonce_cases import build, pairwise, results
+from infonce_cases import build, check, pairwise, results
 from torch import Tensor
 
 import embedkern as ek
@@ -113,6 +113,33 @@ def test_matryoshka_is_a_sum_of_prefixes() -> None:
     torch.testing.assert_close(metrics, parts[0][1])
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dims"), [(7, 9, (16, 19)), (130, 300, (16, 32, 128, 667)), (800, 820, (48, 16))]
+)
+def test_prefixes_in_one_pass(variant: str, similarity: str, rows: int, columns: int, dims: tuple[int, ...]) -> None:
+    """Dimensions in multiples of 16 share their products; several panels; what hides columns; every gradient."""
+    labels = torch.arange(columns) % (columns // 2)
+    tau = 0.2 if similarity == "cosine" else 20.0
+    tensors = {"queries": torch.randn(rows, max(dims) + 3), "documents": torch.randn(columns, max(dims) + 3).bfloat16(),
+               "temperature": tau + torch.rand(rows), "targets": torch.randint(columns, (rows,)),
+               "weights": torch.rand(rows)}  # fmt: skip
+    tensors["queries"][1] *= 1e-14  # shorter than what normalize divides by, and so is a prefix
+    tensors["queries"][2, :16] *= 1e-14
+    if rows < 1000:
+        tensors |= {"query_labels": labels[:rows], "document_labels": labels, "guide_queries": torch.randn(rows, 9),
+                    "guide_documents": torch.randn(columns, 9)}  # fmt: skip
+    options = {
+        "matryoshka_dims": dims,
+        "matryoshka_weights": [1.5, 0.5, 1.0, 2.0][: len(dims)],
+        "similarity": similarity,
+    }
+    for reduction in ("mean", "none"):
+        check(tensors, {**options, "reduction": reduction})
+    check(tensors, options, ("documents",))
+    check(tensors, options, ("queries", "temperature"))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_is_nan(variant: str, backend: str) -> None:
     """Everything hidden, every vector alike, zero vectors, one row, a small τ: with every option at once."""
@@ -191,7 +218,8 @@ MEMORY: dict[str, str] = {
     "guide": "guide_queries=g, guide_documents=g, label_smoothing=0.1",
     "all directions": f"directions={ALL}",
     "per direction": f"directions={ALL[::2]}, partition_mode='per_direction', return_metrics=True",
-    "matryoshka": "matryoshka_dims=(32, 16, 8)",
+    "matryoshka": "matryoshka_dims=(32, 16, 8), label_smoothing=0.1",
+    "prefixes": "matryoshka_dims=(32, 16), guide_queries=g, guide_documents=g",
     "hardness": "hardness_mode='in_batch_negatives', hardness_strength=1.0, negative_weights=g[:, 0].abs()",
     "negatives": "negatives=d[:, None]",
     "reference": "guide_queries=g[:rows], guide_documents=g, label_smoothing=0.1, backend='reference'",

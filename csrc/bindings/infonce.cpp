@@ -60,8 +60,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     OptionalTensor document_labels, bool same_positive, OptionalTensor guide_queries, OptionalTensor guide_documents,
     double margin, bool relative, OptionalTensor document_weights, OptionalTensor negative_weights, int64_t hardness,
     double strength, double label_smoothing, bool cosine, bool query_to_query, bool doc_to_query, bool doc_to_doc,
-    bool per_direction, bool metrics, OptionalTensor d_loss, bool d_queries, bool d_documents, bool d_negatives,
-    bool d_positives, bool d_temperature) {
+    bool per_direction, std::vector<int64_t> prefixes, std::vector<double> prefix_weights, bool metrics,
+    OptionalTensor d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, bool d_temperature) {
   InfoNCEParams p{};
   p.n = rows;
   p.offset = offset;
@@ -73,6 +73,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   p.hardness = ek::InfoNCEHardness(hardness);
   p.strength = float(strength);
   p.period = period;
+  p.levels = int64_t(prefixes.size());
+  for (size_t i = 0; i < prefixes.size(); i++) {
+    p.level_end[i] = prefixes[i];
+    p.level_weight[i] = float(prefix_weights[i]);
+  }
   queries = ek::with_unit_stride(queries);
   documents = ek::with_unit_stride(documents);
   InfoNCEColumns &of_documents = p.columns[0], &of_queries = p.columns[1];
@@ -163,8 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     all_columns += set.count;
     if (set.gradient) columns += set.count;
   }
-  const int64_t panel = std::min(panel_rows(columns > 0 ? columns : all_columns, p.stride),
-                                 blocks_of(p.n, ek::infonce_rows) * ek::infonce_rows);
+  const int64_t panel =
+      std::min(panel_rows((columns > 0 ? columns : all_columns) * std::max(p.levels, int64_t(1)), p.stride),
+               blocks_of(p.n, ek::infonce_rows) * ek::infonce_rows);
   const int64_t groups = panel / ek::infonce_rows;
   std::vector<Tensor> scratch;
   const auto keep = [&](bool wants, float*& data, std::vector<int64_t> shape) {
@@ -180,6 +186,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   for (int64_t i = 0; i < p.passes; i++) {
     InfoNCEPass& pass = p.pass[i];
     const InfoNCEColumns& set = p.columns[pass.columns];
+    if (p.levels) {
+      keep(true, p.ratio, {p.levels, set.count});
+      keep(p.d_loss, p.column_z_dz, {p.levels, set.count});
+      keep(p.d_loss, p.tile_z_dz, {groups, p.levels, set.count});
+      keep(p.d_loss, pass.exponentials, {groups, p.levels, set.count, ek::infonce_rows});
+      continue;
+    }
     keep(set.gradient, pass.exponentials, {groups, set.count, ek::infonce_rows});
     keep(set.gradient, pass.block_max, {groups, blocks_of(set.count, ek::infonce_block), ek::infonce_rows});
   }
@@ -218,11 +231,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     if (!p.columns[set].sum) continue;
     ek::for_tasks(1, 0, p.stride, [&](int64_t, float* part) { kernels.column_sum(p, set, part); });
   }
+  const int64_t blocks = blocks_of(of_documents.count, ek::infonce_block);
+  if (p.levels) {
+    ek::for_tasks(blocks, of_documents.count * p.dim, 0,
+                  [&](int64_t block, float*) { kernels.prefix_ratios(p, block); });
+  }
   for (p.panel_begin = 0; p.panel_begin < p.n; p.panel_begin = p.panel_end) {
     p.panel_end = std::min(p.panel_begin + panel, p.n);
     const int64_t in_panel = p.panel_end - p.panel_begin, work = in_panel * all_columns * p.dim;
-    ek::for_tasks(blocks_of(in_panel, ek::infonce_rows), work, ek::infonce_scratch_floats(p),
-                  [&](int64_t group, float* space) { kernels.rows(p, group, space); });
+    ek::for_tasks(
+        blocks_of(in_panel, ek::infonce_rows), work, ek::infonce_scratch_floats(p),
+        [&](int64_t group, float* space) { (p.levels ? kernels.prefix_rows : kernels.rows)(p, group, space); });
+    if (p.levels && d_documents) {
+      ek::for_tasks(blocks, work, 0, [&](int64_t block, float*) { kernels.prefix_columns(p, block); });
+      continue;
+    }
     for (int64_t set = 0; set < 2; set++) {
       if (!p.columns[set].gradient) continue;
       ek::for_tasks(blocks_of(p.columns[set].count, ek::infonce_block), work, ek::infonce_rows * ek::infonce_block,

@@ -6,42 +6,10 @@
 // Other targets than the positive alone (label smoothing, columns with the row's label) take p - y for p - [j = t]:
 // y is `spread` on every visible column and `share` on those with the label, so that sums over columns serve.
 // A direction is a pass: the queries or their positives against documents or queries, in one softmax or two.
-#include "infonce_tile.h"
+#include "infonce_prefixes.h"
 
 namespace ek::EK_VARIANT {
 namespace {
-
-template <class T>
-void load_typed(const InfoNCEVectors& vectors, int64_t offset, int64_t n, float* to) {
-  const T* from = static_cast<const T*>(vectors.data) + offset;
-  for (int64_t c = 0; c < n; c += W) store(to + c, load_at(from, c, n));
-}
-
-// A row in float32, zeros up to a whole vector.
-void load_row(const InfoNCEVectors& vectors, int64_t offset, int64_t n, float* to) {
-  BY_DTYPE(vectors.dtype, load_typed<T>(vectors, offset, n, to))
-}
-
-// x -> x / max(|x|, eps) under cosine; returns |x|
-float make_unit(const InfoNCEParams& p, float* x, int64_t dim) {
-  if (!p.cosine) return 1;
-  const float norm = __builtin_sqrtf(dot(x, x, dim));
-  const float divisor = norm < eps ? eps : norm;  // this way round NaN stays NaN
-  for (int64_t c = 0; c < dim; c += W) store(x + c, load(x + c) / divisor);
-  return norm;
-}
-
-// d_x = (d - u (u·d)) / |x|, or d / eps where eps is larger; d is the gradient of u, which is `unit` times `by`.
-void write_gradient(const InfoNCEParams& p, const float* d, const float* unit, float by, float norm, float* d_x) {
-  float along = 0, divisor = 1;
-  if (p.cosine) {
-    if (!(norm < eps)) along = dot(unit, d, p.dim) * by * by;
-    divisor = norm < eps ? eps : norm;
-  }
-  for (int64_t c = 0; c < p.dim; c += W) {
-    store_at(d_x, c, p.dim, (load(d + c) - along * load(unit + c)) / divisor);
-  }
-}
 
 void normalise(const InfoNCEParams& p, int64_t set, int64_t block) {
   const InfoNCEColumns& columns = p.columns[set];
@@ -72,64 +40,6 @@ void column_sum(const InfoNCEParams& p, int64_t set, float* part) {
       add(part, 1, columns.unit + j * p.stride, p.dim);
     }
     add(columns.sum, 1, part, p.dim);
-  }
-}
-
-const float* positive_of(const InfoNCEParams& p, int64_t row, float* buffer, float* norm) {
-  if (!p.positives.data) {
-    *norm = p.columns[0].norm[p.targets[row]];
-    return p.columns[0].unit + p.targets[row] * p.stride;
-  }
-  load_row(p.positives, row * p.positives.stride, p.dim, buffer);
-  *norm = make_unit(p, buffer, p.dim);
-  return buffer;
-}
-
-void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
-  Anchors& a = g.anchors[kind];
-  for (int64_t i = 0; i < G; i++) {
-    float* unit = a.unit + i * p.stride;
-    a.norm[i] = 1;
-    if (i < g.count) {
-      const int64_t query = p.offset + g.first + i;
-      if (kind == 0) {
-        load_row(p.columns[1].vectors, query * p.columns[1].vectors.stride, p.dim, unit);
-        a.norm[i] = make_unit(p, unit, p.dim);
-        for (int64_t c = 0; c < p.dim; c += W) store(unit + c, load(unit + c) / g.tau[i]);
-      } else {
-        const float* positive = positive_of(p, g.first + i, row, &a.norm[i]);
-        for (int64_t c = 0; c < p.dim; c += W) store(unit + c, load(positive + c) / g.tau[i]);
-      }
-      for (int64_t c = round_up(p.dim, W); c < p.stride; c++) unit[c] = 0;
-      const InfoNCEColumns& like = p.columns[kind == 0];
-      if (like.labels) a.labels.set(i, like.labels[kind == 0 ? query : g.target[i]]);
-    }
-    for (int64_t c = 0; c < p.dim; c++) a.transposed[c * G + i] = i < g.count ? unit[c] : 0;
-    for (int64_t c = 0; p.sum_anchors[kind] && c < p.stride; c++) a.d[i * p.stride + c] = 0;
-    for (int64_t c = 0; a.hidden && c < p.stride; c++) a.hidden[i * p.stride + c] = 0;
-    for (int64_t c = 0; a.same && c < p.stride; c++) a.same[i * p.stride + c] = 0;
-  }
-}
-
-// The guide's vectors of the rows, and what a column's similarity may not exceed: the positive's, by the same product
-// that tiles take, so that a duplicate's is the same number.
-void load_guide(const InfoNCEParams& p, Group& g) {
-  for (int64_t kind = 0; kind < 2; kind++) {
-    const InfoNCEColumns& like = p.columns[kind == 0];
-    float* transposed = g.anchors[kind].guide;
-    for (int64_t i = 0; kind < p.anchors && i < G; i++) {
-      const float* from =
-          like.guide + (kind == 0 ? p.offset + g.first + i : g.target[i < g.count ? i : 0]) * p.guide_stride;
-      for (int64_t c = 0; c < p.guide_dim; c++) transposed[c * G + i] = i < g.count ? from[c] : 0;
-    }
-  }
-  for (int64_t i = 0; i < g.count; i++) {
-    float of_rows[W];
-    const int64_t v = i / W * W;
-    product(1, W, p.guide_dim, p.columns[0].guide + g.target[i] * p.guide_stride, p.guide_stride,
-            g.anchors[0].guide + v, of_rows);
-    const float positive = of_rows[i - v];
-    g.threshold[i] = positive - (p.relative ? __builtin_fabsf(positive) * p.margin : p.margin);
   }
 }
 
@@ -267,46 +177,15 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
 
 void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
   Group g;
-  g.first = p.panel_begin + group * G;
-  g.count = least(G, p.panel_end - g.first);
-  g.width = round_up(g.count, W);
-  const auto take_floats = [&](int64_t n) { return scratch += n, scratch - n; };
-  for (int64_t kind = 0; kind < p.anchors; kind++) {
-    Anchors& a = g.anchors[kind];
-    a.unit = p.unit_anchors[kind] + group * G * p.stride;
-    a.transposed = take_floats(p.dim * G);
-    a.d = take_floats(G * p.stride);
-    a.guide = take_floats(p.guide_dim * G);
-    const bool sums = p.sum_anchors[kind] && (p.label_smoothing != 0 || p.same_positive);
-    a.hidden = sums && p.label_smoothing != 0 ? take_floats(G * p.stride) : nullptr;
-    a.same = sums && p.same_positive ? take_floats(G * p.stride) : nullptr;
-  }
-  float* z_negatives = take_floats(p.k * G);
-  float* tile = take_floats(block_size * G);
-  float* guide_tile = take_floats(block_size * G);
-  float* row = take_floats(p.stride);
-  float* d_row = take_floats(p.stride);
-  for (int64_t i = 0; i < G; i++) {
-    const bool real = i < g.count;
-    g.tau[i] = real ? p.temperature[(g.first + i) * p.temperature_stride] : 1;
-    g.target[i] = real ? p.targets[g.first + i] : -1;
-    g.query[i] = real ? int32_t(g.target[i] % p.period) : -1;
-    for (int64_t pass = 0; pass < p.passes; pass++) g.key[pass][i] = real ? p.pass[pass].key[g.first + i] : -1;
-    g.threshold[i] = __builtin_inff();
-  }
-  for (int64_t kind = 0; kind < p.anchors; kind++) load_anchors(p, g, kind, row);
-  if (p.guide_dim) load_guide(p, g);
+  Space space;
+  begin_group(p, group, scratch, g, space);
+  float *z_negatives = space.z_negatives, *row = space.row;
   for (int64_t i = 0; i < G; i++) {
     float norm = 1;
     g.positive[i] =
         i < g.count ? dot(g.anchors[0].unit + i * p.stride, positive_of(p, g.first + i, row, &norm), p.dim) : 0;
-    g.best[i] = -__builtin_inff();
-    g.negative_sum[i] = g.negative_count[i] = 0;
-    for (Part& s : g.part) {
-      s.max[i] = g.positive[i];
-      s.rest[i] = s.moment[i] = s.count[i] = s.z_sum[i] = s.same_count[i] = s.same_z[i] = 0;
-    }
   }
+  for (int64_t part = 0; part < p.parts; part++) begin_part(g, part, g.positive);
 
   for (int64_t number = 0; number < p.passes; number++) {
     const InfoNCEPass& pass = p.pass[number];
@@ -315,8 +194,8 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
     const Anchors& a = g.anchors[pass.anchors];
     for (int64_t block = 0; block < blocks; block++) {
       const int64_t first = block * block_size, n = least(block_size, columns.count - first);
-      float* z = pass.exponentials ? pass.exponentials + (group * columns.count + first) * G : tile;
-      logits(p, pass, g, first, n, z, guide_tile);
+      float* z = pass.exponentials ? pass.exponentials + (group * columns.count + first) * G : space.tile;
+      logits(p, number, g, first, n, z, space.guide_tile);
       if (p.label_smoothing != 0) {
         exponentials<true>(p, g, pass.part, n, z);
       } else {
@@ -334,7 +213,7 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
     negative_logits(p, g, z_negatives, row);
     exponentials<false>(p, g, 0, p.k, z_negatives);
   }
-  for (int64_t i = 0; i < g.count; i++) finish_row(p, g, i, z_negatives, row, d_row);
+  for (int64_t i = 0; i < g.count; i++) finish_row(p, g, i, z_negatives, row, space.d_row);
 }
 
 // dz (n, G) of a group's rows by n columns of a pass, from their exponentials.
@@ -419,6 +298,7 @@ void add_anchors(const InfoNCEParams& p) {
 }  // namespace
 
 extern const InfoNCEKernels infonce;  // without this line a const is private to the file
-const InfoNCEKernels infonce = {normalise, column_sum, guide, rows, columns, add_anchors};
+const InfoNCEKernels infonce = {normalise,   column_sum,    guide,       rows,          columns,
+                                add_anchors, prefix_ratios, prefix_rows, prefix_columns};
 
 }  // namespace ek::EK_VARIANT

@@ -1,76 +1,10 @@
 // A tile of logits of the contrastive loss and what its options do to it: hooks that add to a logit, hide it, or count
 // it as a target. For infonce.cpp alone.
 #pragma once
-#include "gemm.h"
-#include "infonce.h"
+#include "infonce_group.h"
 
 namespace ek::EK_VARIANT {
 namespace {
-
-constexpr int64_t G = infonce_rows, block_size = infonce_block;
-constexpr float eps = 1e-12f;  // under cosine, x / max(|x|, eps)
-constexpr int64_t depth =
-    512;  // of one product: beyond it, a panel of the right-hand side leaves the first-level cache
-
-// Below, n is rounded up to whole vectors: what lies between is zero.
-EK_INLINE float dot(const float* a, const float* b, int64_t n) {
-  Vec sums{};
-  for (int64_t c = 0; c < n; c += W) sums += load(a + c) * load(b + c);
-  return sum_lanes(sums);
-}
-
-EK_INLINE void scale(float* x, float by, int64_t n) {
-  for (int64_t c = 0; c < n; c += W) store(x + c, by * load(x + c));
-}
-
-EK_INLINE void add(float* to, float by, const float* x, int64_t n) {
-  for (int64_t c = 0; c < n; c += W) store(to + c, load(to + c) + by * load(x + c));
-}
-
-// The labels of G rows, in halves: lanes hold 32 bits.
-struct Labels {
-  int32_t low[G] = {}, high[G] = {};
-
-  void set(int64_t i, int64_t label) { low[i] = int32_t(label), high[i] = int32_t(label >> 32); }
-  EK_INLINE IVec equal(int64_t v, int64_t label) const {
-    return (*reinterpret_cast<const IVec*>(low + v) == int32_t(label)) &
-           (*reinterpret_cast<const IVec*>(high + v) == int32_t(label >> 32));
-  }
-};
-
-// One softmax of G rows. Its positive is kept apart: `rest` is Σ exp(z - max) over the others.
-struct Part {
-  float max[G], rest[G];
-  float moment[G];                 // Σ exp(z - max) (z - max), for τ: d_τ = -d_loss / τ · Σ_j (p_ij - y_ij) z_ij
-  float count[G], z_sum[G];        // of the visible columns beside the positive, with smoothing
-  float same_count[G], same_z[G];  // of those with the row's label
-};
-
-// What a kind of row vectors has of its own: q̂ / τ, or the positives'.
-struct Anchors {
-  float* unit;        // (G, stride)
-  float* transposed;  // (dim, G)
-  float* d;           // (G, stride): Σ_j exp(z_ij - max) d̂_j
-  float* hidden;      // (G, stride): Σ of the columns that are out; null without smoothing
-  float* same;        // (G, stride): Σ of those with the row's label; null unless they are positives
-  float* guide;       // (guide_dim, G)
-  Labels labels;
-  float norm[G];
-};
-
-// A group of G rows; lanes beyond `count` hold zero vectors.
-struct Group {
-  int64_t first, count, width;  // width: count in whole vectors
-  int64_t target[G];
-  int32_t key[4][G];  // of each pass; lanes beyond count: -1
-  int32_t query[G];   // target modulo period: whose documents are of the row's own query
-  float tau[G];
-  float positive[G];                                  // the positive's z
-  float threshold[G];                                 // the guide's
-  float best[G], negative_sum[G], negative_count[G];  // metrics: the largest z of others, Σ z and number of negatives
-  Part part[2];
-  Anchors anchors[2];
-};
 
 EK_INLINE IVec load_ints(const int32_t* p) { return *reinterpret_cast<const IVec*>(p); }
 
@@ -87,13 +21,13 @@ EK_INLINE void add_to(float* sums, IVec mask, int64_t v, const InfoNCEParams& p,
   }
 }
 
-// Every option's say on z (n, G) of a pass's columns from `first` on: hidden ones become -inf.
-void apply_hooks(const InfoNCEParams& p, const InfoNCEPass& pass, Group& g, int64_t first, int64_t n, float* z,
+// Every option's say on z (n, G) of a pass's columns from `first` on, in softmax `of_part`: hidden ones become -inf.
+void apply_hooks(const InfoNCEParams& p, int64_t number, int64_t of_part, Group& g, int64_t first, int64_t n, float* z,
                  const float* guide) {
+  const InfoNCEPass& pass = p.pass[number];
   const InfoNCEColumns& columns = p.columns[pass.columns];
   Anchors& a = g.anchors[pass.anchors];
-  Part& part = g.part[pass.part];
-  const int64_t number = &pass - p.pass;
+  Part& part = g.part[of_part];
   const bool forward = number == 0, with_labels = columns.labels != nullptr;
   const float infinity = __builtin_inff();
   const InfoNCEHardness hardness = forward ? p.hardness : no_hardness;
@@ -153,30 +87,34 @@ void apply_hooks(const InfoNCEParams& p, const InfoNCEPass& pass, Group& g, int6
   }
 }
 
-// to (n, width) = columns (n, dim) · rows (dim, G): the same sums in the same order wherever a vector stands.
-void product(int64_t n, int64_t width, int64_t dim, const float* columns, int64_t stride, const float* rows,
-             float* to) {
-  gemm<false>(n, width, least(depth, dim), columns, stride, 1, rows, G, to, G);
-  for (int64_t c = depth; c < dim; c += depth) {
-    gemm<true>(n, width, least(depth, dim - c), columns + c, stride, 1, rows + c * G, G, to, G);
+// The guide's similarities of a tile; null without one.
+const float* guide_tile(const InfoNCEParams& p, const InfoNCEPass& pass, const Group& g, int64_t first, int64_t n,
+                        float* to) {
+  const InfoNCEColumns& columns = p.columns[pass.columns];
+  if (!columns.guide) return nullptr;
+  product(n, g.width, p.guide_dim, columns.guide + first * p.guide_stride, p.guide_stride,
+          g.anchors[pass.anchors].guide, to);
+  return to;
+}
+
+// What is apart becomes -inf: all there is to do without hooks.
+void hide_own(const InfoNCEParams& p, int64_t number, const Group& g, int64_t first, int64_t n, float* z) {
+  const InfoNCEPass& pass = p.pass[number];
+  for (int64_t i = 0; pass.own_apart && i < g.count; i++) {
+    int64_t j = (g.key[number][i] - first) % pass.period;
+    for (j += j < 0 ? pass.period : 0; j < n; j += pass.period) z[j * G + i] = -__builtin_inff();
   }
 }
 
 // z (n, G) of n columns: the product, then the hooks; what is apart or hidden becomes -inf.
-void logits(const InfoNCEParams& p, const InfoNCEPass& pass, Group& g, int64_t first, int64_t n, float* z,
-            float* guide) {
-  const InfoNCEColumns& columns = p.columns[pass.columns];
-  const Anchors& a = g.anchors[pass.anchors];
-  product(n, g.width, p.dim, columns.unit + first * p.stride, p.stride, a.transposed, z);
+void logits(const InfoNCEParams& p, int64_t number, Group& g, int64_t first, int64_t n, float* z, float* guide) {
+  const InfoNCEPass& pass = p.pass[number];
+  product(n, g.width, p.dim, p.columns[pass.columns].unit + first * p.stride, p.stride,
+          g.anchors[pass.anchors].transposed, z);
   if (p.hooks) {
-    if (columns.guide) {
-      product(n, g.width, p.guide_dim, columns.guide + first * p.guide_stride, p.guide_stride, a.guide, guide);
-    }
-    return apply_hooks(p, pass, g, first, n, z, columns.guide ? guide : nullptr);
-  }
-  for (int64_t i = 0; pass.own_apart && i < g.count; i++) {
-    int64_t j = (g.key[&pass - p.pass][i] - first) % pass.period;
-    for (j += j < 0 ? pass.period : 0; j < n; j += pass.period) z[j * G + i] = -__builtin_inff();
+    apply_hooks(p, number, pass.part, g, first, n, z, guide_tile(p, pass, g, first, n, guide));
+  } else {
+    hide_own(p, number, g, first, n, z);
   }
 }
 
@@ -207,8 +145,9 @@ EK_INLINE Vec take(Vec z, Vec max, Vec& rest, Vec& moment) {
   return e;
 }
 
-// z (n, G) -> exponentials in place, under a maximum that covers them. With `mark`, hidden ones become -0.
-template <bool mark>
+// z (n, G) -> exponentials, under a maximum that covers them: in place, or with `sum` only summed. With `mark`, hidden
+// ones become -0.
+template <bool mark, bool sum = false>
 void exponentials(const InfoNCEParams& p, Group& g, int64_t part, int64_t n, float* z) {
   Part& s = g.part[part];
   float larger[G];
@@ -226,7 +165,7 @@ void exponentials(const InfoNCEParams& p, Group& g, int64_t part, int64_t n, flo
     Vec rest{}, moment{};  // of this block alone: shorter sums round less
     for (int64_t j = 0; j < n; j++) {
       const Vec value = load(z + j * G + v), e = take(value, max, rest, moment);
-      store(z + j * G + v, mark ? select(value == -__builtin_inff(), splat(-0.0f), e) : e);
+      if constexpr (!sum) store(z + j * G + v, mark ? select(value == -__builtin_inff(), splat(-0.0f), e) : e);
     }
     store(s.rest + v, load(s.rest + v) + rest);
     store(s.moment + v, load(s.moment + v) + moment);

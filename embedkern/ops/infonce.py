@@ -244,29 +244,48 @@ def _run(
     """Each row's loss and metrics, and the gradients of Σ d_row_loss · row_loss that are needed, in float32."""
     dim, dims = call["queries"].shape[1], call["matryoshka_dims"]
     if dims is None:
-        return _run_prefix(backend, call, dim, d_row_loss, needs)
-    longest = max(dims)
-    row_loss, metrics, gradients = torch.zeros(()), torch.zeros(()), {}
+        return _run_prefix(backend, call, dim, d_row_loss, needs, {dim: 1.0})
+    levels: dict[int, float] = {}
     for size, factor in zip(*reference.prefixes(dims, call["matryoshka_weights"], dim), strict=True):
-        scaled = None if d_row_loss is None else d_row_loss * factor
-        loss, of_rows, found = _run_prefix(backend, call, size, scaled, needs)
-        row_loss, metrics = row_loss + factor * loss, of_rows if size == longest else metrics
+        levels[size] = levels.get(size, 0.0) + factor
+    longest = max(levels)
+    row_loss, metrics, gradients = torch.zeros(()), torch.zeros(()), {}
+    for part in [levels] if _in_one_pass(call, levels) else [{size: factor} for size, factor in levels.items()]:
+        size = max(part)
+        loss, of_rows, found = _run_prefix(backend, call, size, d_row_loss, needs, part)
+        row_loss, metrics = row_loss + loss, of_rows if size == longest else metrics
         for name, d in found.items():
-            whole = (*d.shape[:-1], dim) if name in VECTORS else d.shape
             if name not in gradients:
-                gradients[name] = d.new_zeros(whole)
-            part = gradients[name][..., :size] if name in VECTORS else gradients[name]
-            part += d[..., :size] if name in VECTORS else d
+                gradients[name] = d.new_zeros((*d.shape[:-1], dim) if name in VECTORS else d.shape)
+            into = gradients[name][..., :size] if name in VECTORS else gradients[name]
+            into += d[..., :size] if name in VECTORS else d
     return row_loss, metrics, gradients
+
+
+def _in_one_pass(call: dict[str, Any], levels: dict[int, float]) -> bool:
+    """Does the kernel take these prefixes together? Else they are calls of their own."""
+    several_targets = call["label_smoothing"] or (call["query_labels"] is not None and call["same_label"] == "positive")
+    options = ("negatives", "positives", "negative_weights", "hardness_mode")
+    simple = call["directions"] == ("query_to_doc",) and all(call[name] is None for name in options)
+    whole = all(size % 16 == 0 for size in levels if size < max(levels)) and 1 < len(levels) <= 8
+    return bool(simple and whole and not several_targets and not call["return_metrics"])
 
 
 VECTORS = ("queries", "documents", "negatives", "positives")
 
 
 def _run_prefix(
-    backend: Backend, call: dict[str, Any], dim: int, d_row_loss: Tensor | None, needs: Sequence[str]
+    backend: Backend,
+    call: dict[str, Any],
+    dim: int,
+    d_row_loss: Tensor | None,
+    needs: Sequence[str],
+    levels: dict[int, float],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The same of one prefix of the vectors."""
+    """The same of the vectors' first dimensions and the prefixes of these, each with its weight."""
+    prefixes = sorted(levels) if len(levels) > 1 else []
+    factor = 1.0 if prefixes else levels[dim]
+    d_row_loss = d_row_loss if d_row_loss is None or factor == 1 else d_row_loss * factor
     queries, documents, negatives, positives = (
         x if x is None or x.shape[-1] == dim else x[..., :dim] for x in (call[name] for name in VECTORS)
     )
@@ -291,13 +310,15 @@ def _run_prefix(
         weights if weights is not None and weights.ndim == 2 else None, hardness if call["hardness_strength"] else 0,
         float(call["hardness_strength"]), float(call["label_smoothing"]), call["similarity"] == "cosine",
         *(name in directions for name in ("query_to_query", "doc_to_query", "doc_to_doc")),
-        call["partition_mode"] == "per_direction", call["return_metrics"], d_row_loss,
+        call["partition_mode"] == "per_direction", prefixes, [float(levels[size]) for size in prefixes],
+        call["return_metrics"], d_row_loss,
         *(name in needs for name in names),
     )  # fmt: skip
     if "queries" in needs and any(name.endswith("query") for name in directions):
         d_columns = d_columns[:, :dim]
         d_columns[offset : offset + rows] += d_queries
         d_queries = d_columns
+    row_loss = row_loss if factor == 1 else row_loss * factor
     return row_loss, metrics, {name: d for name, d in zip(names, (d_queries, *gradients), strict=True) if name in needs}
 
 
