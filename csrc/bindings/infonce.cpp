@@ -20,11 +20,16 @@ InfoNCEVectors vectors_of(const Tensor& x) { return {x.const_data_ptr(), ek::dty
 int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Rows of a panel: as many as keep its exponentials, of `columns` a row, in 24 MB, or in half of the columns' own size
-// where that is more: each panel loads and stores the columns' gradients once.
-int64_t panel_rows(int64_t columns, int64_t stride) {
+// where that is more: each panel loads and stores the columns' gradients once. Sums over rows go group by group, so
+// that a panel may follow the number of threads: no thread waits for another's last group. With prefixes each has one
+// group: what they keep is large, and best left in the cache (1.42 against 1.47 of the plain call with two each).
+int64_t panel_rows(int64_t columns, int64_t stride, bool prefixes) {
   constexpr int64_t most = 16 * ek::infonce_rows, floats = 24 * (1 << 20) / 4;
   const int64_t rows = std::min(most, std::max(floats / std::max(columns, int64_t(1)), stride / 2));
-  return std::max(int64_t(1), rows / ek::infonce_rows) * ek::infonce_rows;
+  const int64_t groups = std::max(int64_t(1), rows / ek::infonce_rows);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (groups <= threads) return groups * ek::infonce_rows;
+  return (prefixes ? threads : groups / threads * threads) * ek::infonce_rows;
 }
 
 std::vector<int64_t> checked_targets(const OptionalTensor& targets, int64_t n, int64_t m) {
@@ -168,9 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     all_columns += set.count;
     if (set.gradient) columns += set.count;
   }
+  const int64_t of_row = (columns > 0 ? columns : all_columns) * std::max(p.levels, int64_t(1));
   const int64_t panel =
-      std::min(panel_rows((columns > 0 ? columns : all_columns) * std::max(p.levels, int64_t(1)), p.stride),
-               blocks_of(p.n, ek::infonce_rows) * ek::infonce_rows);
+      std::min(panel_rows(of_row, p.stride, p.levels > 0), blocks_of(p.n, ek::infonce_rows) * ek::infonce_rows);
   const int64_t groups = panel / ek::infonce_rows;
   std::vector<Tensor> scratch;
   const auto keep = [&](bool wants, float*& data, std::vector<int64_t> shape) {

@@ -101,24 +101,40 @@ void finish_levels(const InfoNCEParams& p, const Group& g, Levels& of, int64_t i
   if (p.d_temperature) p.d_temperature[row] = -z_dz / g.tau[i];
 }
 
-// z^k (n, G) of a block -> D^k in place, and each column's Σ_i dz^k z^k over the group.
-void level_gradients(const InfoNCEParams& p, const Group& g, const Levels& of, int64_t group, int64_t first,
-                     int64_t n) {
+// sums[j] = Σ over lanes of columns[j], for n of them rounded up to whole vectors.
+void sum_columns(const Vec* columns, int64_t n, float* sums) {
+  for (int64_t j = 0; j < n; j += W) {
+    Vec of_lane[W], sum{};
+    for (int64_t l = 0; l < W; l++) of_lane[l] = columns[j + l];
+    transpose(of_lane);
+    for (int64_t l = 0; l < W; l++) sum += of_lane[l];
+    store_at(sums, j, n, sum);
+  }
+}
+
+// z^k (n, G) of a block -> D^k in place, and each column's Σ_i dz^k z^k over the group. `sums` is a tile.
+void level_gradients(const InfoNCEParams& p, const Group& g, const Levels& of, int64_t group, int64_t first, int64_t n,
+                     float* sums) {
   const int64_t m = p.columns[0].count;
   float* z_dz = p.tile_z_dz + group * p.levels * m;
-  for (int64_t j = 0; j < n; j++) {
-    Vec column[infonce_levels] = {};
+  Vec columns[block_size];
+  for (int64_t j = n; j < block_size; j++) columns[j] = Vec{};
+  for (int64_t k = p.levels - 1; k >= 0; k--) {
+    float* tile = level_tile(p, group, k) + first * G;
+    const float* ratio = p.ratio + k * m + first;
     for (int64_t v = 0; v < g.width; v += W) {
-      Vec sum{};
-      for (int64_t k = p.levels - 1; k >= 0; k--) {
-        float* at = level_tile(p, group, k) + (first + j) * G + v;
-        const Vec z = load(at), e = exp(z - load(g.part[k].max + v)), dz = load(of.scale[k] + v) * e;
-        column[k] += select(e == 0.0f, Vec{}, dz * z);
-        sum += dz * (load(of.ratio[k] + v) * p.ratio[k * m + first + j]);
-        store(at, sum);
+      const Vec max = load(g.part[k].max + v), scale = load(of.scale[k] + v), of_row = load(of.ratio[k] + v);
+      for (int64_t j = 0; j < n; j++) {
+        const Vec z = load(tile + j * G + v), dz = scale * exp(z - max);
+        const Vec along = select(z < -__FLT_MAX__, Vec{}, dz * z),
+                  before = k == p.levels - 1 ? Vec{} : load(sums + j * G + v);
+        columns[j] = v == 0 ? along : columns[j] + along;
+        const Vec sum = before + dz * (of_row * ratio[j]);
+        store(sums + j * G + v, sum);
+        store(tile + j * G + v, sum);
       }
     }
-    for (int64_t k = 0; k < p.levels; k++) z_dz[k * m + first + j] = sum_lanes(column[k]);
+    sum_columns(columns, n, z_dz + k * m + first);
   }
   for (int64_t i = 0; i < g.count; i++) {
     const int64_t j = g.target[i] - first;
@@ -172,7 +188,7 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
   if (!p.d_loss) return;
   for (int64_t first = 0; first < m; first += block_size) {
     const int64_t n = least(block_size, m - first);
-    level_gradients(p, g, of, group, first, n);
+    level_gradients(p, g, of, group, first, n, space.tile);
     for (int64_t k = 0; p.d_queries && k < p.levels; k++) {
       const int64_t begin = level_begin(p, k), width = round_up(p.level_end[k] - begin, W);
       gemm<true>(g.count, width, n, level_tile(p, group, k) + first * G, 1, G, columns.unit + first * p.stride + begin,
