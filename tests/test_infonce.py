@@ -13,6 +13,7 @@ from torch import Tensor
 
 import embedkern as ek
 import embedkern.nn
+from embedkern.ops.infonce_check import DIRECTIONS
 from embedkern.reference import infonce as reference
 from embedkern.schema import OPS
 
@@ -78,9 +79,11 @@ def test_weights_of_zero(variant: str, reduction: str) -> None:
     assert all((x == 0).all() for x in got.values())
 
 
-def test_no_rows() -> None:
+@pytest.mark.parametrize("options", [{}, {"directions": DIRECTIONS, "matryoshka_dims": (4, 2)}])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_rows(options: dict[str, Any], backend: str) -> None:
     q, d = torch.randn(0, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    loss = ek.info_nce(q, d)
+    loss = ek.info_nce(q, d, backend=backend, **options)
     d_q, d_d = torch.autograd.grad(loss, (q, d))
     assert loss == 0
     assert d_q.shape == (0, 4)

@@ -161,10 +161,17 @@ def test_nothing_is_nan(variant: str, backend: str) -> None:
         assert (x == 0).all(), name
 
 
-def test_frozen_documents_and_thread_counts_with_every_option() -> None:
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_frozen_documents_and_thread_counts(prefixes: bool) -> None:
+    """The same bits, with every option at once and with prefixes that share their products."""
     case = next(case for case in pairwise() if case["rows"] == 513 and len(case["directions"][0]) > 1)
     case = {**case, "dim": 33, "dtype": torch.float32, "guide": ("absolute", 0.0), "negatives": 1, "matryoshka": True}
     tensors, options = build({**case, "temperature": "rows"})
+    if prefixes:
+        tensors, options = (
+            {name: torch.randn(513, 40) for name in ("queries", "documents")},
+            {"matryoshka_dims": (40, 16)},
+        )
     threads, runs = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
@@ -212,17 +219,15 @@ def test_reference_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
+GUIDE, LABELS = "guide_queries=g[:rows], guide_documents=g", "query_labels=ids[:rows], document_labels=ids"
 MEMORY: dict[str, str] = {
-    "labels": "query_labels=ids, document_labels=ids",
-    "positive": "query_labels=ids, document_labels=ids, same_label='positive', label_smoothing=0.1",
-    "guide": "guide_queries=g, guide_documents=g, label_smoothing=0.1",
-    "all directions": f"directions={ALL}",
-    "per direction": f"directions={ALL[::2]}, partition_mode='per_direction', return_metrics=True",
-    "matryoshka": "matryoshka_dims=(32, 16, 8), label_smoothing=0.1",
-    "prefixes": "matryoshka_dims=(32, 16), guide_queries=g, guide_documents=g",
-    "hardness": "hardness_mode='in_batch_negatives', hardness_strength=1.0, negative_weights=g[:, 0].abs()",
-    "negatives": "negatives=d[:, None]",
-    "reference": "guide_queries=g[:rows], guide_documents=g, label_smoothing=0.1, backend='reference'",
+    "several positives": f"{GUIDE}, {LABELS}, same_label='positive', label_smoothing=0.1",
+    "all directions": f"directions={ALL}, hardness_mode='all_negatives', hardness_strength=1.0, negatives=d[:, None], "
+    "negative_weights=g[:, 0].abs()",
+    "per direction": f"directions={ALL[::2]}, partition_mode='per_direction', return_metrics=True, {GUIDE}",
+    "prefix after prefix": "matryoshka_dims=(32, 8), label_smoothing=0.1",
+    "prefixes": f"matryoshka_dims=(32, 16), {GUIDE}, {LABELS}",
+    "reference": f"{GUIDE}, {LABELS}, label_smoothing=0.1, backend='reference'",
 }
 
 
@@ -230,7 +235,6 @@ def test_peak_memory_of_every_option() -> None:
     """The N×M matrix would be 1 GiB; inputs and gradients are 2 MiB each. One process: options after each other."""
     code = """
 import ctypes, sys, torch, embedkern as ek
-torch.set_num_threads(1)
 n = 16384
 q, d = (torch.randn(n, 32, requires_grad=True) for _ in range(2))
 g, ids = torch.randn(n, 8), torch.arange(n) // 2

@@ -295,7 +295,8 @@ def _run_prefix(
         rows, offset, period = call["targets"].shape[0], group.offset, group.period
     else:
         rows, offset, period = queries.shape[0], 0, documents.shape[0]
-        if call["targets"] is None and ("doc_to_doc" in directions or call["hardness_mode"]) and period % rows == 0:
+        asked = "doc_to_doc" in directions or call["hardness_mode"] is not None
+        if asked and call["targets"] is None and rows > 0 and period % rows == 0:  # column blocks
             period = rows
     hardness = 0 if call["hardness_mode"] is None else 1 + HARDNESS.index(call["hardness_mode"])
     guides = (None if x is None else x.float() if x.dtype == torch.float64 else x
