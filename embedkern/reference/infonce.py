@@ -16,7 +16,7 @@ from .. import distributed
 from ..ops import common
 
 EPS = 1e-12  # under cosine, x / max(‖x‖₂, EPS), as torch.nn.functional.normalize
-BLOCK = 1 << 18  # elements of a block's logits
+BLOCK = 1 << 17  # elements of a block's logits
 
 
 def info_nce(
