@@ -106,45 +106,88 @@ struct InfoNCEVectors {
   int64_t stride;  // between rows
 };
 
-// loss[i] = log Σ_j exp z_ij - z_i,targets[i], z_ij = sim(q_i, d_j) / τ_i, and the gradients of Σ_i d_loss[i] ·
-// loss[i]. Queries are taken panel by panel: between `rows` and `d_documents` stand one panel's exponentials.
+// A set of vectors that rows see: the documents, or the queries where a direction has them as columns.
+struct InfoNCEColumns {
+  InfoNCEVectors vectors;
+  int64_t count;
+  const int64_t* labels;    // (count); null: no labels
+  const float* guide;       // (count, guide_stride), unit vectors; null: no guide
+  const float* log_weight;  // (count), of each as a negative; null: no weights
+  float* gradient;          // (count, padded_dim); null where it isn't wanted
+  float* unit;              // (count, stride): d̂
+  float* norm;              // (count)
+  float* sum;               // (stride): Σ_j d̂_j; null without smoothing
+};
+
+// Rows' queries, or their positive documents, against a set of columns. Column j is a row's own if j ≡ its key modulo
+// period: what is apart, out of the sum, or else stays whatever labels and guide say.
+struct InfoNCEPass {
+  int32_t anchors;  // 0: queries, 1: the positives
+  int32_t columns;  // 0: documents, 1: queries
+  int32_t part;     // of the softmaxes
+  bool own_apart;
+  int64_t period;
+  const int32_t* key;   // (n)
+  float* exponentials;  // (groups, count, infonce_rows): exp(z - block_max), 0 where hidden; null without gradient
+  float* block_max;     // (groups, blocks of count, infonce_rows)
+};
+
+enum InfoNCEHardness : int64_t { no_hardness, in_batch_negatives, hard_negatives, all_negatives };
+
+constexpr int64_t infonce_levels = 8;  // prefixes that one call takes
+
+// loss[i] = log Σ_j exp z_ij - z_i,targets[i], z_ij = sim(q_i, d_j) / τ_i + constants, and the gradients of
+// Σ_i d_loss[i] · loss[i]. Rows are taken panel by panel: between `rows` and `columns` stand a panel's exponentials.
 struct InfoNCEParams {
-  int64_t n, m, k, dim;  // queries, documents, negatives of each query
+  int64_t n, k, dim;  // rows, negatives of each
+  int64_t offset;     // row i is query offset + i
   bool cosine;
-  InfoNCEVectors queries, documents, positives;
+  InfoNCEColumns columns[2];
+  InfoNCEVectors positives;
   InfoNCEVectors negatives;  // (n, k, dim), queries negatives_stride apart
   int64_t negatives_stride;
-  const int64_t* targets;          // (n), each in [0, m)
-  const float* temperature;        // (n), temperature_stride apart
-  int64_t temperature_stride;      // 0 or 1
-  const int64_t* query_labels;     // (n); null: no labels
-  const int64_t* document_labels;  // (m)
-  bool same_positive;              // a document with the query's label is a positive too; or else it is left out
+  const int64_t* targets;      // (n), each a document
+  const float* temperature;    // (n), temperature_stride apart
+  int64_t temperature_stride;  // 0 or 1
+  int64_t passes, anchors, parts;
+  InfoNCEPass pass[4];  // the first: queries and documents
+  bool hooks;           // something changes a logit or is counted: without, a tile is its product
+  bool same_positive;   // a column with the row's label is a positive too; or else it is left out
   float label_smoothing;
+  int64_t guide_dim, guide_stride;
+  float margin;
+  bool relative;
+  InfoNCEHardness hardness;
+  float strength;
+  int64_t period;                // documents j ≡ targets[i] modulo this are of row i's query
+  const float* negative_weight;  // (n, k), log; null: no weights
+  // Matryoshka: the weighted sum of losses over prefixes; 0: the whole vectors alone.
+  int64_t levels;
+  int64_t level_end[infonce_levels];  // ascending, whole vectors but for the last, dim
+  float level_weight[infonce_levels];
+  float* ratio;         // (levels, m): what makes a document's unit vector's prefix one
+  float* column_z_dz;   // (levels, m): Σ_i dz_ij z_ij
+  float* tile_z_dz;     // (groups, levels, m), of a panel
   const float* d_loss;  // (n); null without any gradient
   float* loss;          // (n)
   float* metrics;  // (n, 4) or null: does nothing beat the positive, its similarity, Σ and number of the negatives'
-  // Gradients, null where they aren't wanted, contiguous.
-  float* d_queries;      // (n, dim)
-  float* d_documents;    // (m, padded_dim)
+  // Gradients beside the columns', null where they aren't wanted, contiguous.
+  float* d_queries;      // (n, dim), as rows
+  float* d_anchors;      // (n, dim), of documents[targets] as rows
   float* d_negatives;    // (n, k, dim)
   float* d_positives;    // (n, dim)
   float* d_temperature;  // (n), of each row's own τ
-  // Scratch of the whole call. `stride` is between rows of unit vectors.
+  bool sum_anchors[2];   // is Σ_j dz_ij d̂_j wanted?
+  // Scratch. `stride` is between rows of unit vectors.
   int64_t padded_dim, stride;
-  float* unit_documents;  // (m, stride): d̂
-  float* document_norm;   // (m)
-  float* document_sum;    // (stride): Σ_j d̂_j; null without smoothing and metrics
-  // Scratch of a panel: queries panel_begin to panel_end. Groups of infonce_rows of them stand together.
+  // Of a panel: rows panel_begin to panel_end. Groups of infonce_rows of them stand together.
   int64_t panel_begin, panel_end;
-  float* unit_queries;    // (panel, stride): q̂ / τ
-  float* exponentials;    // (groups, m, infonce_rows): exp(z - block_max), 0 for the positive; null without d_documents
-  float* block_max;       // (groups, blocks of m, infonce_rows)
-  float* row_max;         // (panel)
-  float* row_scale;       // (panel): d_loss / Σ_j exp(z_ij - row_max)
-  float* row_spread;      // (panel): d_loss times the target weight of each visible column
-  float* row_share;       // (panel): the same, in addition, of each document with the query's label
-  float* positive_scale;  // (panel): the derivative by the positive's z
+  float* unit_anchors[2];  // (panel, stride): q̂ / τ, and the positives'
+  float* row_max[2];       // (panel) of each softmax
+  float* row_scale[2];     // (panel): d_loss / Σ_j exp(z_ij - row_max)
+  float* row_spread[2];    // (panel): d_loss times the target weight of each visible column
+  float* row_share[2];     // (panel): the same, in addition, of each column with the row's label
+  float* positive_scale;   // (panel): the derivative by the positive's z
 };
 
 }  // namespace ek

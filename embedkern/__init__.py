@@ -13,6 +13,7 @@ from .ops.attention import (
     log_length_temperature,
     relative_bias_from_buckets,
 )
+from .ops.contrastive import contrastive_distillation, sigmoid_loss
 from .ops.explain import explain
 from .ops.infonce import InfoNCEFunction, info_nce
 from .ops.pooling import PoolFunction, pool
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "contrastive_distillation",
     "explain",
     "info_nce",
     "log_length_temperature",
@@ -37,6 +39,7 @@ __all__ = [
     "patched",
     "pool",
     "relative_bias_from_buckets",
+    "sigmoid_loss",
     "unpatch",
 ]
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("verify", help="accuracy of every operator, dtype and backend against float64")
     one.set_defaults(run=run_verify)
     one = commands.add_parser("bench", help="speed against torch and sentence-transformers, once verify passes")
-    one.add_argument("--suite", action="append", choices=SUITES, help="only this one (repeatable)")
+    one.add_argument("--suite", action="append", choices=(*SUITES, *LONG), help="only this one (repeatable)")
     one.add_argument("--out", type=Path, help="folder for the CSV and the plot")
     one.set_defaults(run=run_bench)
     commands.add_parser("demo", help="fine-tune a real encoder on WordNet (embedkern demo --help)")
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 SUITES = ("attention", "pooling", "infonce", "training")
+LONG = ("infonce_large",)  # only where named
 
 
 def doctor(_: argparse.Namespace) -> int:

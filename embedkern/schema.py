@@ -110,32 +110,57 @@ def _info_nce(
     negatives: Tensor | None,
     positives: Tensor | None,
     targets: Tensor | None,
-    temperature: Tensor,
-    query_labels: Tensor | None,
-    document_labels: Tensor | None,
-    same_positive: bool,
-    label_smoothing: float,
-    cosine: bool,
-    metrics: bool,
-    d_loss: Tensor | None,
-    d_queries: bool,
-    d_documents: bool,
-    d_negatives: bool,
-    d_positives: bool,
-    d_temperature: bool,
+    rows: int,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     n, dim = queries.shape
-    k = 0 if negatives is None else negatives.shape[1]
+    query_to_query, doc_to_query = rest[16:18]
+    metrics, _, d_queries, d_documents, d_negatives, d_positives, d_temperature = rest[22:]
+    k, padded_dim = 0 if negatives is None else negatives.shape[1], (dim + 15) // 16 * 16
     wanted = (
-        (True, (n,)),
-        (metrics, (n, 4)),
-        (d_queries, (n, dim)),
-        (d_documents, (documents.shape[0], (dim + 15) // 16 * 16)),
-        (d_negatives, (n, k, dim)),
-        (d_positives, (n, dim)),
-        (d_temperature, (n,)),
+        (True, (rows,)),
+        (metrics, (rows, 4)),
+        (d_queries, (rows, dim)),
+        (d_queries and (query_to_query or doc_to_query), (n, padded_dim)),
+        (d_documents, (documents.shape[0], padded_dim)),
+        (d_negatives, (rows, k, dim)),
+        (d_positives, (rows, dim)),
+        (d_temperature, (rows,)),
     )
     return tuple(queries.new_empty(shape if wants else (0,), dtype=torch.float32) for wants, shape in wanted)
+
+
+def _contrastive_distillation(
+    student_queries: Tensor,
+    student_documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    temperature: Tensor,
+    teacher_temperature: float,
+    kl: bool,
+    d_queries: bool,
+    d_documents: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (), student_queries.shape if d_queries else (0,), student_documents.shape if d_documents else (0,), ()
+    like = (student_queries, student_documents, temperature)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in like) else torch.float32
+    return tuple(student_queries.new_empty(shape, dtype=wide) for shape in shapes)
+
+
+def _sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    offset: int,
+    total: int,
+    d_images: bool,
+    d_texts: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (), images.shape if d_images else (0,), texts.shape if d_texts else (0,), (), ()
+    like = (images, texts, logit_scale, logit_bias)
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in like) else torch.float32
+    return tuple(images.new_empty(shape, dtype=wide) for shape in shapes)
 
 
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
@@ -164,14 +189,34 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor d_temperature, Tensor d_scale)",
         _attention_backward,
     ),
-    # Gradients of Σ d_loss · loss, float32; those not wanted are empty. d_documents has its rows rounded up to 16.
+    # The losses of `rows` queries from `offset` on. Gradients of Σ d_loss · loss, float32; those not wanted are empty.
+    # d_query_columns and d_documents have their rows rounded up to 16. Prefixes ascend by multiples of 16 but for the
+    # last, whole vectors; at most 8, of query_to_doc without negatives, positives, several targets, weights, metrics.
     "info_nce": (
-        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, Tensor temperature, "
-        "Tensor? query_labels, Tensor? document_labels, bool same_positive, float label_smoothing, bool cosine, "
-        "bool metrics, Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, bool d_positives, "
-        "bool d_temperature) -> (Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_documents, "
+        "(Tensor queries, Tensor documents, Tensor? negatives, Tensor? positives, Tensor? targets, SymInt rows, "
+        "SymInt offset, SymInt period, Tensor temperature, Tensor? query_labels, Tensor? document_labels, "
+        "bool same_positive, Tensor? guide_queries, Tensor? guide_documents, float margin, bool relative, "
+        "Tensor? document_weights, Tensor? negative_weights, int hardness, float strength, float label_smoothing, "
+        "bool cosine, bool query_to_query, bool doc_to_query, bool doc_to_doc, bool per_direction, SymInt[] prefixes, "
+        "float[] prefix_weights, bool metrics, Tensor? d_loss, bool d_queries, bool d_documents, bool d_negatives, "
+        "bool d_positives, bool d_temperature) -> "
+        "(Tensor loss, Tensor metrics, Tensor d_queries, Tensor d_query_columns, Tensor d_documents, "
         "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,
+    ),
+    # written in torch (backends/panels.py): the loss and its gradients, float32; those not wanted are empty
+    "contrastive_distillation": (
+        "(Tensor student_queries, Tensor student_documents, Tensor teacher_queries, Tensor teacher_documents, "
+        "Tensor temperature, float teacher_temperature, bool kl, bool d_queries, bool d_documents) -> "
+        "(Tensor loss, Tensor d_queries, Tensor d_documents, Tensor d_temperature)",
+        _contrastive_distillation,
+    ),
+    # image i's text is text offset + i; the sum over pairs is divided by `total`
+    "sigmoid_loss": (
+        "(Tensor images, Tensor texts, Tensor logit_scale, Tensor logit_bias, SymInt offset, SymInt total, "
+        "bool d_images, bool d_texts) -> "
+        "(Tensor loss, Tensor d_images, Tensor d_texts, Tensor d_logit_scale, Tensor d_logit_bias)",
+        _sigmoid_loss,
     ),
 }
 
@@ -194,3 +239,8 @@ for _name, (_signature, _fake) in OPERATORS.items():
     torch.library.register_fake(f"embedkern::{_name}", _fake, lib=_library)
 
 OPS = torch.ops.embedkern
+
+
+def implement(name: str, kernel: Callable[..., Any]) -> None:
+    """Gives an operator its kernel in Python, for every device."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")

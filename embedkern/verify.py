@@ -60,6 +60,10 @@ def cases(device: str) -> Iterator[Case]:
     yield Case("info_nce", info_nce, (queries, documents), {"temperature": 0.05})
     hard = lambda q, d, n, **rest: info_nce(q, d, negatives=n, **rest)  # noqa: E731
     yield Case("info_nce with negatives", hard, (queries, documents, negatives), {"temperature": 0.1})
+    guide = {"guide_queries": random(50, 8).to(device), "guide_documents": random(70, 8).to(device)}
+    every = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+    yield Case("info_nce in four directions", info_nce, (queries, documents), {"directions": every, **guide})
+    yield Case("info_nce over prefixes", info_nce, (queries, documents), {"matryoshka_dims": (16, 48), **guide})
 
 
 def verify(device: str = "cpu") -> Iterator[Verdict]:

@@ -2,172 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from accuracy import assert_accurate
+from infonce_cases import build, check, pairwise, results
 from torch import Tensor
 
 import embedkern as ek
 import embedkern.nn
+from embedkern.ops.infonce_check import DIRECTIONS
 from embedkern.reference import infonce as reference
 from embedkern.schema import OPS
 
 NAN = float("nan")
-TRACKED = ("queries", "documents", "negatives", "positives", "temperature", "weights")
-
-FACTORS: dict[str, tuple[Any, ...]] = {
-    "rows": (1, 7, 65, 130, 513),
-    "more_documents": (0, 3, 200, -1),  # -1: fewer than rows, with targets
-    "dim": (1, 3, 32, 100, 384),
-    "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "similarity": ("cosine", "dot"),
-    "reduction": ("mean", "sum", "none"),
-    "temperature": ("number", "scalar", "rows"),
-    "targets": (False, True),
-    "negatives": (0, 1, 4),
-    "positives": (False, True),
-    "labels": (None, "ignore", "positive"),
-    "weights": (False, True),
-    "label_smoothing": (0.0, 0.1),
-    "frozen": ((), ("documents",), ("queries",), ("queries", "documents")),
-    "strided": (False, True),
-}
-
-
-def pairwise() -> list[dict[str, Any]]:
-    """Few cases in which every two values of two factors meet."""
-    draw = random.Random(0)
-    values = [(name, value) for name, all_values in FACTORS.items() for value in all_values]
-    missing = {pair: None for pair in itertools.combinations(values, 2) if pair[0][0] != pair[1][0]}  # a set in order
-    cases = []
-    while missing:
-        start = dict(draw.choice(list(missing)))
-        tried = [{name: start.get(name, draw.choice(choices)) for name, choices in FACTORS.items()} for _ in range(60)]
-        found = [[pair for pair in itertools.combinations(case.items(), 2) if pair in missing] for case in tried]
-        best = max(range(len(tried)), key=lambda i: len(found[i]))
-        missing = {pair: None for pair in missing if pair not in set(found[best])}
-        cases.append(tried[best])
-    return cases
-
-
-def build(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors, and the options that are none."""
-    rows, dim = case["rows"], case["dim"]
-    columns = max(1, rows - 3) if case["more_documents"] < 0 else rows + case["more_documents"]
-
-    def vectors(*shape: int) -> Tensor:
-        if case["strided"]:  # rows apart by more than their length, in reverse memory order for negatives
-            wide = torch.randn(*shape[:-1], shape[-1] + 5)[..., 2 : 2 + shape[-1]]
-            return wide.transpose(0, 1).contiguous().transpose(0, 1) if len(shape) == 3 else wide
-        return torch.randn(*shape)
-
-    tensors: dict[str, Any] = {"queries": vectors(rows, dim), "documents": vectors(columns, dim)}
-    if case["negatives"]:
-        tensors["negatives"] = vectors(rows, case["negatives"], dim)
-    if case["positives"]:
-        tensors["positives"] = vectors(rows, dim)
-    tensors = {name: _with_dtype(x, case["dtype"]) for name, x in tensors.items()}
-    if case["targets"] or columns < rows:
-        tensors["targets"] = torch.randint(columns, (rows,))
-    if case["weights"]:
-        tensors["weights"] = torch.rand(rows)
-    if case["labels"]:
-        tensors["query_labels"] = torch.randint(-2, 3, (rows,)) << 33
-        tensors["document_labels"] = torch.randint(-2, 3, (columns,)) << 33
-    tau = 0.3 * (dim**0.5 if case["similarity"] == "dot" else 1)
-    if case["temperature"] != "number":
-        tensors["temperature"] = torch.tensor(tau) if case["temperature"] == "scalar" else tau + torch.rand(rows)
-    options = {name: case[name] for name in ("similarity", "reduction", "label_smoothing")}
-    options["same_label"] = case["labels"] or "ignore"
-    if case["temperature"] == "number":
-        options["temperature"] = tau
-    return tensors, options
-
-
-def _with_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype) with x's strides."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
-
-
-def results(
-    tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, ...], backend: str | None, wide: bool = False
-) -> dict[str, Tensor]:
-    """The loss and each gradient, for an upstream gradient that differs from row to row."""
-    leaves = {}
-    for name, x in tensors.items():
-        x = x.double() if wide and x.is_floating_point() else x.detach()
-        leaves[name] = x.requires_grad_(name in TRACKED and name not in frozen)
-    loss = ek.info_nce(**leaves, **options, backend=backend)
-    wanted = [name for name, x in leaves.items() if x.requires_grad]
-    upstream = torch.linspace(-1, 1.5, max(loss.numel(), 2), dtype=torch.float64)[: loss.numel()].reshape(loss.shape)
-    if not wanted:
-        return {"loss": loss}
-    gradients = torch.autograd.grad(loss, [leaves[name] for name in wanted], upstream.to(loss.dtype))
-    return {"loss": loss.detach(), **dict(zip(wanted, gradients, strict=True))}
-
-
-VECTORS = ("queries", "documents", "negatives", "positives")
-
-
-def worst_of_torch(
-    tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, ...], exact: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Torch's results with the largest error among three orders of the dimensions: one alone may be exact by chance."""
-    dim = tensors["queries"].shape[-1]
-    runs = []
-    for order in (torch.arange(dim), torch.arange(dim).flip(0), torch.randperm(dim)):
-        shuffled = {name: x[..., order] if name in VECTORS else x for name, x in tensors.items()}
-        found = results(shuffled, options, frozen, "reference")
-        runs.append({name: x[..., order.argsort()] if name in VECTORS else x for name, x in found.items()})
-    return {name: max((run[name] for run in runs), key=lambda x: (x - exact[name]).abs().max()) for name in exact}
-
-
-def check(tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, ...] = ()) -> None:
-    """The default backend against the reference in float64, judged by torch's own error.
-
-    τ's gradient sums N·M terms of both signs, and a loss N terms: 16 roundings of their size are allowed as well.
-    """
-    ours = results(tensors, options, frozen, None)
-    exact = results(tensors, options, frozen, "reference", wide=True)
-    torchs = worst_of_torch(tensors, options, frozen, exact)
-    assert ours.keys() == exact.keys()
-    for name in ours:
-        factor = 2 if name == "loss" else 3
-        if name not in VECTORS:
-            error, allowed = ((x[name].double() - exact[name]).abs().max() for x in (ours, torchs))
-            scale = exact[name].abs().max()
-            if name == "temperature" and tensors["temperature"].ndim == 0:
-                rows = {**tensors, "temperature": tensors["temperature"].expand(tensors["queries"].shape[0])}
-                scale = results(rows, options, frozen, "reference", wide=True)["temperature"].abs().sum()
-            assert error <= factor * allowed + 16 * 1.2e-7 * scale + 1e-7, f"{name}: error {error}, torch's {allowed}"
-        elif options.get("similarity") != "dot" and tensors[name].shape[-1] == 1:
-            assert ((ours[name] * tensors[name]).abs() < 1e-5).all(), f"{name}: {ours[name]}, but 0 is exact"
-        else:
-            assert_accurate(ours[name], exact[name], torchs[name], factor, name)
 
 
 @pytest.mark.filterwarnings("error:.*slow reference")
 @pytest.mark.parametrize("case", pairwise(), ids=lambda case: f"{case['rows']}-{case['dim']}-{case['similarity']}")
 def test_pairs_of_options(variant: str, case: dict[str, Any]) -> None:
     check(*build(case), case["frozen"])
-
-
-def test_same_as_sentence_transformers(variant: str) -> None:
-    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    theirs = losses.MultipleNegativesRankingLoss(None, scale=20.0)
-    for columns in (1, 3):  # pairs; two hard negatives, as column blocks
-        embeddings = [torch.randn(50, 24, requires_grad=True) for _ in range(1 + columns)]
-        wanted = theirs.compute_loss_from_embeddings(embeddings, None)
-        got = ek.info_nce(embeddings[0], torch.cat(embeddings[1:]))
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-        for mine, other in zip(*(torch.autograd.grad(loss, embeddings) for loss in (got, wanted)), strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-7)
 
 
 def test_several_panels(variant: str) -> None:
@@ -223,9 +79,11 @@ def test_weights_of_zero(variant: str, reduction: str) -> None:
     assert all((x == 0).all() for x in got.values())
 
 
-def test_no_rows() -> None:
+@pytest.mark.parametrize("options", [{}, {"directions": DIRECTIONS, "matryoshka_dims": (4, 2)}])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_rows(options: dict[str, Any], backend: str) -> None:
     q, d = torch.randn(0, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
-    loss = ek.info_nce(q, d)
+    loss = ek.info_nce(q, d, backend=backend, **options)
     d_q, d_d = torch.autograd.grad(loss, (q, d))
     assert loss == 0
     assert d_q.shape == (0, 4)
@@ -274,13 +132,15 @@ def test_same_bits_for_any_number_of_threads() -> None:
 
 
 def test_opcheck() -> None:
-    q, d, tau = torch.randn(5, 7), torch.randn(6, 7, dtype=torch.bfloat16), torch.rand(5) + 0.1
-    labels = torch.arange(5), torch.arange(6)
-    everything = (q, d, torch.randn(5, 2, 7), torch.randn(5, 7), torch.arange(5), tau, *labels, True, 0.1, True, True)
+    q, d, tau = torch.randn(5, 7), torch.randn(6, 7, dtype=torch.bfloat16), torch.rand(3) + 0.1
+    labels, guides = (torch.arange(5), torch.arange(6)), (torch.randn(5, 4), torch.randn(6, 4))
+    everything = (q, d, torch.randn(3, 2, 7), torch.randn(3, 7), torch.arange(3), 3, 1, 5, tau, *labels, True, *guides,
+                  0.1, True, torch.rand(6), torch.rand(3, 2), 3, 0.5, 0.1, *(True,) * 4, False, [], [],
+                  True)  # fmt: skip
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    gradients = (torch.ones(5), *(True,) * 5)
-    torch.library.opcheck(OPS.info_nce.default, (*everything, *gradients), test_utils=tests)
-    bare = (q, d, None, None, None, tau[0], None, None, False, 0.0, False, False, None, *(False,) * 5)
+    torch.library.opcheck(OPS.info_nce.default, (*everything, torch.ones(3), *(True,) * 5), test_utils=tests)
+    bare = (q, d, None, None, None, 5, 0, 6, tau[0], None, None, False, None, None, 0.0, False, None, None, 0, 0.0, 0.0,
+            *(False,) * 5, [], [], False, None, *(False,) * 5)  # fmt: skip
     torch.library.opcheck(OPS.info_nce.default, bare, test_utils=tests)
 
 
@@ -451,13 +311,25 @@ def bad_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
         ({"backend": "cpu", "queries": q.double()}, NotImplementedError, "queries is torch.float64"),
         ({"backend": "cuda"}, NotImplementedError, "cuda"),
-        ({"directions": ("query_to_doc", "doc_to_query")}, NotImplementedError, "directions beyond query_to_doc"),
-        ({"partition_mode": "per_direction"}, NotImplementedError, "partition_mode"),
-        ({"guide_queries": q, "guide_documents": d}, NotImplementedError, "guide_queries"),
-        ({"negative_weights": torch.ones(5)}, NotImplementedError, "negative_weights"),
-        ({"hardness_mode": "all_negatives"}, NotImplementedError, "hardness_mode"),
-        ({"matryoshka_dims": (2, 3)}, NotImplementedError, "matryoshka_dims"),
-        ({"group": object()}, NotImplementedError, "group"),
+        ({"directions": ("query_to_doc",) * 2}, ValueError, "directions must differ"),
+        (
+            {"directions": ("query_to_doc", "doc_to_doc"), "partition_mode": "per_direction"},
+            ValueError,
+            "partition_mode 'per_direction' needs the positive pair in every direction",
+        ),
+        ({"guide_queries": q}, ValueError, "guide_queries and guide_documents belong together, got only guide_queries"),
+        ({"guide_queries": q, "guide_documents": q}, ValueError, r"guide_documents must have shape \(5, 3\), got"),
+        ({"guide_queries": q[:, :0], "guide_documents": d[:, :0]}, ValueError, "guide_queries must have G ≥ 1"),
+        ({"negative_weights": torch.ones(4)}, ValueError, r"negative_weights must have shape \(5,\), got \(4,\)"),
+        ({"negative_weights": torch.ones(4, 2)}, ValueError, r"negative_weights \(N, K\) need negatives"),
+        ({"negative_weights": -torch.ones(5)}, ValueError, "negative_weights must be ≥ 0, got -1"),
+        ({"negative_weights": [1.0]}, TypeError, "negative_weights must be a tensor"),
+        ({"negative_weights": torch.ones(5, requires_grad=True)}, NotImplementedError, "negative_weights get no grad"),
+        ({"matryoshka_weights": (1.0,)}, ValueError, "matryoshka_weights need matryoshka_dims"),
+        ({"matryoshka_dims": ()}, ValueError, "matryoshka_dims must hold at least one"),
+        ({"matryoshka_dims": (2, 4)}, ValueError, r"matryoshka_dims must be in \[1, 3\], got 4"),
+        ({"matryoshka_dims": (2.0,)}, TypeError, "matryoshka_dims must be integers, got float"),
+        ({"matryoshka_dims": (2,), "matryoshka_weights": (1.0, 2.0)}, ValueError, "as many as matryoshka_dims, got 2"),
     ]
 
 

@@ -13,17 +13,28 @@ constexpr int64_t infonce_block = 128;
 // … would all fall into the same few sets of the cache.
 constexpr int64_t infonce_stride(int64_t dim) { return ((dim + 15) / 16 | 1) * 16; }
 
-// One task's of `rows`.
-constexpr int64_t infonce_scratch_floats(int64_t dim, int64_t negatives) {
-  return infonce_rows * (dim + 2 * infonce_stride(dim) + negatives + infonce_block) + 2 * infonce_stride(dim);
+// One task's of `rows`: what grows with the anchors, the sums that smoothing and several positives need, the rest.
+constexpr int64_t infonce_scratch_floats(const InfoNCEParams& p) {
+  const int64_t sums = p.label_smoothing != 0 || p.same_positive ? 2 : 0;
+  return infonce_rows *
+             (p.anchors * (p.dim + (1 + sums) * p.stride + p.guide_dim) + p.k + (p.levels ? 3 : 2) * infonce_block) +
+         3 * p.stride;
 }
 
 struct InfoNCEKernels {
-  void (*documents)(const InfoNCEParams&, int64_t block);             // documents -> unit_documents, document_norm
-  void (*document_sum)(const InfoNCEParams&, float* scratch);         // stride floats
-  void (*rows)(const InfoNCEParams&, int64_t group, float* scratch);  // the losses of a group of infonce_rows queries,
-                                                                      // and every gradient but the documents'
-  void (*d_documents)(const InfoNCEParams&, int64_t block, float* scratch);  // what the panel adds to d_documents;
-};  // infonce_rows · infonce_block floats
+  void (*normalise)(const InfoNCEParams&, int64_t set, int64_t block);    // of columns -> unit, norm
+  void (*column_sum)(const InfoNCEParams&, int64_t set, float* scratch);  // stride floats
+  // (rows, dim) of a guide -> unit vectors, guide_stride apart
+  void (*guide)(const InfoNCEParams&, const InfoNCEVectors&, int64_t begin, int64_t end, float* unit);
+  void (*rows)(const InfoNCEParams&, int64_t group, float* scratch);  // the losses of a group of infonce_rows rows,
+                                                                      // and every gradient but the columns'
+  void (*columns)(const InfoNCEParams&, int64_t set, int64_t block, float* scratch);  // what the panel adds to theirs;
+                                                                                      // infonce_rows · infonce_block
+  void (*add_anchors)(const InfoNCEParams&);  // d_anchors -> the documents' gradient
+  // The same with prefixes, for query_to_doc: documents -> ratio; rows; columns.
+  void (*prefix_ratios)(const InfoNCEParams&, int64_t block);
+  void (*prefix_rows)(const InfoNCEParams&, int64_t group, float* scratch);
+  void (*prefix_columns)(const InfoNCEParams&, int64_t block);
+};
 
 }  // namespace ek

@@ -57,35 +57,41 @@ struct Example {
   void run(const ek::InfoNCEKernels& kernels) {
     const int64_t stride = ek::infonce_stride(dim);
     std::vector<float> unit_documents = unwritten(m * stride), document_norm = unwritten(m);
-    std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(5 * panel);
+    std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(9 * panel);
     std::vector<float> exponentials = unwritten(groups * m * ek::infonce_rows);
     std::vector<float> block_max = unwritten(groups * blocks * ek::infonce_rows);
     std::vector<float> document_sum = unwritten(stride);
-    std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(dim, k));
-    p.n = n, p.m = m, p.k = k, p.dim = dim, p.cosine = cosine;
-    p.queries = {queries.data(), ek::DType::f32, dim};
-    p.documents = {documents.data(), ek::DType::f32, dim};
+    const std::vector<int32_t> key(targets.begin(), targets.end());
+    p.n = n, p.k = k, p.dim = dim, p.cosine = cosine, p.period = m;
+    p.columns[1].vectors = {queries.data(), ek::DType::f32, dim}, p.columns[1].count = n;
+    p.columns[1].labels = query_labels.data();
+    ek::InfoNCEColumns& of_documents = p.columns[0];
+    of_documents.vectors = {documents.data(), ek::DType::f32, dim}, of_documents.count = m;
+    of_documents.labels = document_labels.data();
+    of_documents.gradient = d_documents.data(), of_documents.unit = unit_documents.data();
+    of_documents.norm = document_norm.data(), of_documents.sum = soft ? document_sum.data() : nullptr;
     if (with_positives) p.positives = {positives.data(), ek::DType::f32, dim};
     p.negatives = {negatives.data(), ek::DType::f32, dim};
     p.negatives_stride = k * dim;
     p.targets = targets.data(), p.temperature = temperature.data(), p.temperature_stride = 1;
-    p.query_labels = query_labels.data(), p.document_labels = document_labels.data();
+    p.passes = p.anchors = p.parts = 1;
+    p.pass[0] = {0, 0, 0, true, m, key.data(), exponentials.data(), block_max.data()};
+    p.hooks = p.sum_anchors[0] = true;
     p.same_positive = soft, p.label_smoothing = soft ? 0.1f : 0;
-    p.document_sum = soft ? document_sum.data() : nullptr;
     p.d_loss = d_loss.data(), p.loss = loss.data();
-    p.d_queries = d_queries.data(), p.d_documents = d_documents.data(), p.d_negatives = d_negatives.data();
+    p.d_queries = d_queries.data(), p.d_negatives = d_negatives.data();
     p.d_positives = with_positives ? d_positives.data() : nullptr, p.d_temperature = d_temperature.data();
     p.padded_dim = padded_dim, p.stride = stride;
-    p.unit_documents = unit_documents.data(), p.document_norm = document_norm.data();
-    p.unit_queries = unit_queries.data(), p.exponentials = exponentials.data(), p.block_max = block_max.data();
-    p.row_max = of_rows.data(), p.row_scale = p.row_max + panel, p.row_spread = p.row_scale + panel;
-    p.row_share = p.row_spread + panel, p.positive_scale = p.row_share + panel;
-    for (int64_t block = 0; block < blocks; block++) kernels.documents(p, block);
-    if (soft) kernels.document_sum(p, scratch.data());
+    p.unit_anchors[0] = unit_queries.data();
+    p.row_max[0] = of_rows.data(), p.row_scale[0] = p.row_max[0] + panel, p.row_spread[0] = p.row_scale[0] + panel;
+    p.row_share[0] = p.row_spread[0] + panel, p.positive_scale = p.row_share[0] + panel;
+    std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(p));
+    for (int64_t block = 0; block < blocks; block++) kernels.normalise(p, 0, block);
+    if (soft) kernels.column_sum(p, 0, scratch.data());
     for (p.panel_begin = 0; p.panel_begin < n; p.panel_begin = p.panel_end) {
       p.panel_end = p.panel_begin + panel < n ? p.panel_begin + panel : n;
       kernels.rows(p, 0, scratch.data());
-      for (int64_t block = 0; block < blocks; block++) kernels.d_documents(p, block, scratch.data());
+      for (int64_t block = 0; block < blocks; block++) kernels.columns(p, 0, block, scratch.data());
     }
   }
 

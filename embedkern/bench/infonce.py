@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.infonce import info_nce
+from ..ops.infonce_check import DIRECTIONS
 from .harness import Row, gemm_peak, interleave, keep_freed_memory, versus
 
 ROWS, DIM, TAU = 8192, 384, 0.05
 ROUNDS = 3
+PREFIXES = (384, 320, 256, 192, 128, 64)
 
 
 def plain(queries: Tensor, documents: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def rows() -> Iterator[Row]:
 
 def _options(q: Tensor, d: Tensor, plain_call: Callable[[], object], work: str) -> Iterator[Row]:
     labels = torch.randint(ROWS // 2, (ROWS,))
-    negatives = torch.randn(ROWS, 5, DIM, requires_grad=True)
+    negatives, guide = torch.randn(ROWS, 5, DIM, requires_grad=True), torch.randn(ROWS, DIM)
     forward = torch.no_grad()(lambda: info_nce(q, d, temperature=TAU))
     tau = torch.tensor(TAU, requires_grad=True)
     bf16 = [x.detach().bfloat16().requires_grad_() for x in (q, d)]
@@ -97,6 +99,15 @@ def _options(q: Tensor, d: Tensor, plain_call: Callable[[], object], work: str) 
             step(lambda: info_nce(q, d, temperature=TAU, negatives=negatives), (q, d, negatives)),
             "≤ 1.1",
         ),
+        "guide (G = D)": (
+            step(lambda: info_nce(q, d, temperature=TAU, guide_queries=guide, guide_documents=guide), (q, d)),
+            "≤ 1.6",
+        ),
+        "Matryoshka, 6 prefixes": (
+            step(lambda: info_nce(q, d, temperature=TAU, matryoshka_dims=PREFIXES), (q, d)),
+            "≤ 1.35",
+        ),
+        "four directions": (step(lambda: info_nce(q, d, temperature=TAU, directions=DIRECTIONS), (q, d)), "≤ 3"),
         "learnable temperature": (step(lambda: info_nce(q, d, temperature=tau), (q, d, tau)), "≤ 1.03"),
         "bfloat16 inputs": (step(lambda: info_nce(*bf16, temperature=TAU), bf16), "≤ 0.5 with bf16 products"),
     }

@@ -1,6 +1,6 @@
 """Modules over the ops."""
 
-from .infonce import InfoNCELoss
+from .infonce import CrossBatchMemory, InfoNCELoss, SigmoidLoss
 from .pooling import Pooling
 
-__all__ = ["InfoNCELoss", "Pooling"]
+__all__ = ["CrossBatchMemory", "InfoNCELoss", "Pooling", "SigmoidLoss"]

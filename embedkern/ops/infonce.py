@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, distributed
 from ..backends import native
 from ..dispatch import Backend
 from ..reference import infonce as reference
+from ..reference.infonce import METRICS
 from . import common
+from .infonce_check import HARDNESS, check
 
 BACKENDS = (native.INFONCE, Backend("reference"))
-
-DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
 def info_nce(
@@ -63,17 +63,29 @@ def info_nce(
             Values are checked on the CPU.
         temperature: τ, a number or a tensor () or (N,), which gets its gradient.
         similarity: "cosine" (normalised here, x / max(‖x‖₂, 1e-12)) or "dot".
+        directions: what row i's softmax holds besides "query_to_doc": "query_to_query" (the other queries),
+            "doc_to_query" (its positive against all queries), "doc_to_doc" (its positive against all documents but its
+            own query's: its positive, or with column blocks that column of each).
+        partition_mode: "joint", one softmax over the directions; "per_direction", the mean of one loss each
+            (query_to_doc and doc_to_query).
         query_labels, document_labels: (N,) and (M,) int32 or int64; what pairs with equal labels other than the
             positive are is said by `same_label`: "ignore" leaves them out of the denominator, "positive" makes them
             positives too (the row's loss is the mean over its positives). `negatives` are not touched.
+        guide_queries, guide_documents: (N, G) and (M, G), another model's: what they find more similar than the
+            positive pair (g > g_ii - margin, or g_ii - |g_ii|·margin with margin_strategy "relative") leaves the row's
+            denominator, in every direction (GISTEmbed, Solatorio 2024). Duplicates of the positive tie and stay.
         weights: (N,), scale rows; "mean" is then the weighted mean.
+        negative_weights: (M,) or (N, K), ≥ 0, multiply the exponentials of documents or `negatives` as negatives. They
+            get no gradient.
+        hardness_mode, hardness_strength: "in_batch_negatives", "hard_negatives" (the query's own) or "all_negatives"
+            of query_to_doc have their similarity, detached, times this strength added to the logit.
         label_smoothing: this share of the target is spread over the row's visible columns.
+        matryoshka_dims, matryoshka_weights: the loss is the weighted sum over these prefixes, each normalised anew.
         reduction: "mean", "sum" or "none" (N,).
         return_metrics: also a dict of detached tensors: accuracy (share of rows in which nothing beats the positive),
-            positive_similarity and negative_similarity (means).
-        directions, partition_mode, guide_queries, guide_documents, margin, margin_strategy, negative_weights,
-            hardness_mode, hardness_strength, matryoshka_dims, matryoshka_weights, group: not ready, anything but the
-            default raises NotImplementedError.
+            positive_similarity and negative_similarity (means), of query_to_doc and the longest prefix.
+        group: a torch.distributed process group. Every rank's documents are seen, "mean" and "sum" are those of the
+            concatenated batch on each rank, and gradients are those of that loss by this rank's inputs.
 
     Returns:
         The loss, float32 (float64 for float64 inputs), also under autocast. A row with nothing but its positive in the
@@ -93,144 +105,14 @@ def info_nce(
     chosen = dispatch.select("info_nce", BACKENDS, backend, call)
     if chosen.forward is None:
         return reference.info_nce(**call)
-    inputs = (queries, documents, negatives, positives, temperature, weights)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        result = InfoNCEFunction.apply(*common.distinct(arguments), chosen)
+    call = _gathered(call)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values()):
+        result = InfoNCEFunction.apply(*common.distinct(call.values()), chosen)
     else:
         row_loss, metrics, _ = _run(chosen, call)
-        loss = reference.reduce(row_loss, weights, reduction)
-        result = (loss, *_mean_metrics(metrics)) if return_metrics else loss
+        loss = distributed.reduce(row_loss, weights, reduction, group)
+        result = (loss, *reference.mean_metrics(metrics, group).values()) if return_metrics else loss
     return (result[0], dict(zip(METRICS, result[1:], strict=True))) if return_metrics else result
-
-
-def check(
-    queries: Tensor,
-    documents: Tensor,
-    negatives: Tensor | None,
-    positives: Tensor | None,
-    targets: Tensor | None,
-    temperature: float | Tensor,
-    similarity: str,
-    directions: Sequence[str],
-    partition_mode: str,
-    query_labels: Tensor | None,
-    document_labels: Tensor | None,
-    same_label: str,
-    guide_queries: Tensor | None,
-    guide_documents: Tensor | None,
-    margin: float,
-    margin_strategy: str,
-    weights: Tensor | None,
-    negative_weights: Tensor | None,
-    hardness_mode: str | None,
-    hardness_strength: float,
-    label_smoothing: float,
-    matryoshka_dims: Sequence[int] | None,
-    matryoshka_weights: Sequence[float] | None,
-    reduction: str,
-    return_metrics: bool,
-    group: Any,
-) -> dict[str, Any]:
-    """The reference's arguments, or an error that names what is wrong."""
-    common.check_tensor("queries", queries, 2, "(N, D)")
-    common.check_float("queries", queries)
-    rows, dim = queries.shape
-    if dim < 1:
-        raise ValueError(f"queries must have D ≥ 1, got {tuple(queries.shape)}")
-    _check_vectors("documents", documents, "(M, D)", (None, dim), queries)
-    columns = documents.shape[0]
-    if columns < 1:
-        raise ValueError(f"documents must have M ≥ 1, got {tuple(documents.shape)}")
-    if negatives is not None:
-        _check_vectors("negatives", negatives, "(N, K, D)", (rows, None, dim), queries)
-    if positives is not None:
-        _check_vectors("positives", positives, "(N, D)", (rows, dim), queries)
-    if targets is not None:
-        common.check_integers("targets", targets, (rows,), queries, "queries")
-    elif columns < rows:
-        raise ValueError(f"documents must be at least as many as queries without targets, got {columns} for {rows}")
-
-    if isinstance(temperature, Tensor):
-        common.check_float("temperature", temperature)
-        if temperature.ndim != 0:
-            common.check_shape("temperature", temperature, (rows,))
-        common.check_device("temperature", temperature, queries, "queries")
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
-    common.check_choice("similarity", similarity, ("cosine", "dot"))
-    common.check_choice("same_label", same_label, ("ignore", "positive"))
-    common.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if (query_labels is None) != (document_labels is None):
-        alone = "document_labels" if query_labels is None else "query_labels"
-        raise ValueError(f"query_labels and document_labels belong together, got only {alone}")
-    if query_labels is not None:
-        common.check_integers("query_labels", query_labels, (rows,), queries, "queries")
-        common.check_integers("document_labels", document_labels, (columns,), queries, "queries")
-    if weights is not None:
-        common.check_tensor("weights", weights, 1, "(N,)")
-        common.check_float("weights", weights)
-        common.check_shape("weights", weights, (rows,))
-        common.check_device("weights", weights, queries, "queries")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-
-    _check_later_options(directions, partition_mode, margin_strategy, hardness_mode, hardness_strength)
-    later = {
-        "directions beyond query_to_doc": tuple(directions) != ("query_to_doc",),
-        "partition_mode='per_direction'": partition_mode != "joint",
-        "guide_queries and guide_documents": guide_queries is not None or guide_documents is not None,
-        "negative_weights": negative_weights is not None,
-        "hardness_mode": hardness_mode is not None,
-        "matryoshka_dims": matryoshka_dims is not None or matryoshka_weights is not None,
-        "group": group is not None,
-    }
-    if any(later.values()):
-        wanted = ", ".join(name for name, given in later.items() if given)
-        raise NotImplementedError(f"info_nce: not ready yet: {wanted}")
-    return {
-        "queries": queries,
-        "documents": documents,
-        "negatives": negatives,
-        "positives": positives,
-        "targets": targets,
-        "temperature": temperature,
-        "similarity": similarity,
-        "query_labels": query_labels,
-        "document_labels": document_labels,
-        "same_label": same_label,
-        "weights": weights,
-        "label_smoothing": label_smoothing,
-        "reduction": reduction,
-        "return_metrics": return_metrics,
-    }
-
-
-def _check_vectors(name: str, x: Tensor, what: str, shape: tuple[int | None, ...], queries: Tensor) -> None:
-    """`shape`: None where any size will do."""
-    common.check_tensor(name, x, len(shape), what)
-    common.check_float(name, x)
-    common.check_shape(name, x, [got if wanted is None else wanted for got, wanted in zip(x.shape, shape, strict=True)])
-    common.check_device(name, x, queries, "queries")
-
-
-def _check_later_options(
-    directions: Sequence[str], partition_mode: str, margin_strategy: str, hardness_mode: str | None, strength: float
-) -> None:
-    """The values of options that are not ready: a wrong one is a wrong one all the same."""
-    if isinstance(directions, str) or not directions:
-        raise ValueError(f"directions must be a tuple of some of {DIRECTIONS}, got {directions!r}")
-    for each in directions:
-        common.check_choice("directions", each, DIRECTIONS)
-    if "query_to_doc" not in directions:
-        raise ValueError(f"directions must hold 'query_to_doc', the positive pair's, got {tuple(directions)}")
-    common.check_choice("partition_mode", partition_mode, ("joint", "per_direction"))
-    common.check_choice("margin_strategy", margin_strategy, ("absolute", "relative"))
-    if hardness_mode is not None:
-        common.check_choice("hardness_mode", hardness_mode, ("in_batch_negatives", "hard_negatives", "all_negatives"))
-    if not strength >= 0:
-        raise ValueError(f"hardness_strength must be ≥ 0, got {strength}")
 
 
 class InfoNCEFunction(torch.autograd.Function):
@@ -270,17 +152,20 @@ class InfoNCEFunction(torch.autograd.Function):
         group: Any = None,
         backend: str | Backend | None = None,
     ) -> Any:
-        call = check(
+        arguments = (
             queries, documents, negatives, positives, targets, temperature, similarity, directions, partition_mode,
             query_labels, document_labels, same_label, guide_queries, guide_documents, margin, margin_strategy, weights,
             negative_weights, hardness_mode, hardness_strength, label_smoothing, matryoshka_dims, matryoshka_weights,
             reduction, return_metrics, group,
         )  # fmt: skip
-        if not isinstance(backend, Backend):
+        call = dict(zip(ARGUMENTS, arguments, strict=False))
+        if not isinstance(backend, Backend):  # used alone: nobody has checked yet
+            check(*arguments)
             backend = dispatch.select("info_nce", BACKENDS, backend, call)
         ctx.backend, ctx.call = backend, call
-        if backend.forward is None:
-            result = reference.info_nce(**call)
+        ctx.composed = backend.forward is None or (group is not None and not isinstance(group, distributed.Gathered))
+        if ctx.composed:
+            result = _composed(backend, **call)
             return (result[0], *result[1].values()) if return_metrics else result
         tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
         ctx.call = {name: x for name, x in call.items() if name not in tensors}
@@ -290,21 +175,23 @@ class InfoNCEFunction(torch.autograd.Function):
         row_loss, metrics, gradients = _run(backend, call, d_row_loss, () if d_row_loss is None else _needs(ctx))
         ctx.names = tuple(tensors), tuple(gradients)
         ctx.save_for_backward(row_loss, *tensors.values(), *gradients.values())
-        loss = reference.reduce(row_loss, weights, reduction)
+        ranks = None if group is None else group.group
+        loss = distributed.reduce(row_loss, weights, reduction, ranks)
         if not return_metrics:
             return loss
-        means = _mean_metrics(metrics)
+        means = reference.mean_metrics(metrics, ranks).values()
         ctx.mark_non_differentiable(*means)
         return loss, *means
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
         needs = _needs(ctx)
-        if ctx.backend.forward is None:
+        if ctx.composed:
             call = {**ctx.call, "return_metrics": False}
             found = common.reference_gradients(
-                reference.info_nce, tuple(call.values()), [name in needs for name in call], (d_loss,)
-            )
+                lambda *values: _composed(ctx.backend, **dict(zip(call, values, strict=True))),
+                tuple(call.values()), [name in needs for name in call], (d_loss,),
+            )  # fmt: skip
             gradients = dict(zip(call, found, strict=True))
             return tuple(gradients.get(name) for name in ARGUMENTS)
         row_loss, *saved = ctx.saved_tensors
@@ -320,7 +207,7 @@ class InfoNCEFunction(torch.autograd.Function):
             made, factor = dict(zip(gradient_names, saved[len(tensor_names) :], strict=True)), d_loss
         gradients = {name: _as_input(made[name], name, tensors[name], factor) for name in made}
         if "weights" in needs:
-            d_weights = _d_weights(row_loss, tensors["weights"], call["reduction"]) * d_loss
+            d_weights = _d_weights(row_loss, tensors["weights"], call["reduction"], call["group"]) * d_loss
             gradients["weights"] = d_weights.to(tensors["weights"].dtype)
         in_order = [gradients.get(name) for name in ARGUMENTS]
         return common.first_derivatives("info_nce", *in_order)
@@ -335,30 +222,105 @@ def _needs(ctx: Any) -> tuple[str, ...]:
     return tuple(name for name, need in zip(ARGUMENTS, ctx.needs_input_grad, strict=False) if need and name in TRACKED)
 
 
+def _composed(backend: Backend, **call: Any) -> Any:
+    """The result by functions that are differentiable themselves: the reference, or what gathers before the kernel."""
+    return reference.info_nce(**call) if backend.forward is None else info_nce(**call, backend=backend.name)
+
+
+def _gathered(call: dict[str, Any]) -> dict[str, Any]:
+    """With a group, the call on the batch of all ranks."""
+    if call["group"] is None:
+        return call
+    names = ("queries", "documents", "targets", "query_labels", "document_labels", "guide_queries", "guide_documents",
+             "negative_weights")  # fmt: skip
+    batch = distributed.gather_batch(**{name: call[name] for name in (*names, "directions", "group")})
+    gathered = distributed.Gathered(call["group"], batch.offset, batch.period)
+    return {**call, **{name: getattr(batch, name) for name in names}, "group": gathered}
+
+
 def _run(
     backend: Backend, call: dict[str, Any], d_row_loss: Tensor | None = None, needs: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Each row's loss and metrics, and the gradients of Σ d_row_loss · row_loss that are needed, in float32."""
-    tau = call["temperature"]
-    tau = tau.float() if isinstance(tau, Tensor) else torch.full((), tau, device=call["queries"].device)
-    names = ("queries", "documents", "negatives", "positives", "temperature")
-    row_loss, metrics, *gradients = backend.forward(
-        call["queries"], call["documents"], call.get("negatives"), call.get("positives"), call.get("targets"), tau,
-        call.get("query_labels"), call.get("document_labels"), call["same_label"] == "positive",
-        float(call["label_smoothing"]), call["similarity"] == "cosine", call["return_metrics"], d_row_loss,
+    dim, dims = call["queries"].shape[1], call["matryoshka_dims"]
+    if dims is None:
+        return _run_prefix(backend, call, dim, d_row_loss, needs, {dim: 1.0})
+    levels: dict[int, float] = {}
+    for size, factor in zip(*reference.prefixes(dims, call["matryoshka_weights"], dim), strict=True):
+        levels[size] = levels.get(size, 0.0) + factor
+    longest = max(levels)
+    row_loss, metrics, gradients = torch.zeros(()), torch.zeros(()), {}
+    for part in [levels] if _in_one_pass(call, levels) else [{size: factor} for size, factor in levels.items()]:
+        size = max(part)
+        loss, of_rows, found = _run_prefix(backend, call, size, d_row_loss, needs, part)
+        row_loss, metrics = row_loss + loss, of_rows if size == longest else metrics
+        for name, d in found.items():
+            if name not in gradients:
+                gradients[name] = d.new_zeros((*d.shape[:-1], dim) if name in VECTORS else d.shape)
+            into = gradients[name][..., :size] if name in VECTORS else gradients[name]
+            into += d[..., :size] if name in VECTORS else d
+    return row_loss, metrics, gradients
+
+
+def _in_one_pass(call: dict[str, Any], levels: dict[int, float]) -> bool:
+    """Does the kernel take these prefixes together? Else they are calls of their own."""
+    several_targets = call["label_smoothing"] or (call["query_labels"] is not None and call["same_label"] == "positive")
+    options = ("negatives", "positives", "negative_weights", "hardness_mode")
+    simple = call["directions"] == ("query_to_doc",) and all(call[name] is None for name in options)
+    whole = all(size % 16 == 0 for size in levels if size < max(levels)) and 1 < len(levels) <= 8
+    return bool(simple and whole and not several_targets and not call["return_metrics"])
+
+
+VECTORS = ("queries", "documents", "negatives", "positives")
+
+
+def _run_prefix(
+    backend: Backend,
+    call: dict[str, Any],
+    dim: int,
+    d_row_loss: Tensor | None,
+    needs: Sequence[str],
+    levels: dict[int, float],
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The same of the vectors' first dimensions and the prefixes of these, each with its weight."""
+    prefixes = sorted(levels) if len(levels) > 1 else []
+    factor = 1.0 if prefixes else levels[dim]
+    d_row_loss = d_row_loss if d_row_loss is None or factor == 1 else d_row_loss * factor
+    queries, documents, negatives, positives = (
+        x if x is None or x.shape[-1] == dim else x[..., :dim] for x in (call[name] for name in VECTORS)
+    )
+    tau, directions, group = call["temperature"], call["directions"], call["group"]
+    tau = tau.float() if isinstance(tau, Tensor) else torch.full((), tau, device=queries.device)
+    if group is not None:
+        rows, offset, period = call["targets"].shape[0], group.offset, group.period
+    else:
+        rows, offset, period = queries.shape[0], 0, documents.shape[0]
+        asked = "doc_to_doc" in directions or call["hardness_mode"] is not None
+        if asked and call["targets"] is None and rows > 0 and period % rows == 0:  # column blocks
+            period = rows
+    hardness = 0 if call["hardness_mode"] is None else 1 + HARDNESS.index(call["hardness_mode"])
+    guides = (None if x is None else x.float() if x.dtype == torch.float64 else x
+              for x in (call["guide_queries"], call["guide_documents"]))  # fmt: skip
+    weights = call["negative_weights"]
+    weights = None if weights is None else weights.float()
+    names = (*VECTORS, "temperature")
+    row_loss, metrics, d_queries, d_columns, *gradients = backend.forward(
+        queries, documents, negatives, positives, call["targets"], rows, offset, period, tau, call["query_labels"],
+        call["document_labels"], call["same_label"] == "positive", *guides, float(call["margin"]),
+        call["margin_strategy"] == "relative", weights if weights is not None and weights.ndim == 1 else None,
+        weights if weights is not None and weights.ndim == 2 else None, hardness if call["hardness_strength"] else 0,
+        float(call["hardness_strength"]), float(call["label_smoothing"]), call["similarity"] == "cosine",
+        *(name in directions for name in ("query_to_query", "doc_to_query", "doc_to_doc")),
+        call["partition_mode"] == "per_direction", prefixes, [float(levels[size]) for size in prefixes],
+        call["return_metrics"], d_row_loss,
         *(name in needs for name in names),
     )  # fmt: skip
-    return row_loss, metrics, {name: d for name, d in zip(names, gradients, strict=True) if name in needs}
-
-
-METRICS = ("accuracy", "positive_similarity", "negative_similarity")
-
-
-def _mean_metrics(of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From (N, 4): does nothing beat the positive, its similarity, the negatives' sum and number."""
-    hits, positive, negative, count = of_rows.sum(0).unbind()
-    rows = max(of_rows.shape[0], 1)
-    return hits / rows, positive / rows, negative / count.clamp(min=1)
+    if "queries" in needs and any(name.endswith("query") for name in directions):
+        d_columns = d_columns[:, :dim]
+        d_columns[offset : offset + rows] += d_queries
+        d_queries = d_columns
+    row_loss = row_loss if factor == 1 else row_loss * factor
+    return row_loss, metrics, {name: d for name, d in zip(names, (d_queries, *gradients), strict=True) if name in needs}
 
 
 def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float) -> Tensor:
@@ -372,17 +334,21 @@ def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float) ->
 
 def _d_row_loss(call: dict[str, Any]) -> Tensor:
     """The derivative of "mean" or "sum" by each row's loss."""
-    rows, weights = call["queries"].shape[0], call["weights"]
+    weights, group = call["weights"], call["group"]
     if weights is None:
+        rows = call["queries"].shape[0] if group is None else call["targets"].shape[0]
         weights = torch.ones(rows, device=call["queries"].device)
-        return weights if call["reduction"] == "sum" else weights / max(rows, 1)
     weights = weights.float()
-    return weights if call["reduction"] == "sum" else weights / reference.total(weights)
+    if call["reduction"] == "sum":
+        return weights
+    given = None if call["weights"] is None else weights
+    return weights / distributed.total(weights, given, None if group is None else group.group)
 
 
-def _d_weights(row_loss: Tensor, weights: Tensor, reduction: str) -> Tensor:
+def _d_weights(row_loss: Tensor, weights: Tensor, reduction: str, group: distributed.Gathered | None) -> Tensor:
     if reduction != "mean":
         return row_loss
-    weights = weights.float()
-    loss = reference.reduce(row_loss, weights, "mean")
-    return torch.where(weights.sum() == 0, row_loss, (row_loss - loss) / reference.total(weights))
+    weights, ranks = weights.float(), None if group is None else group.group
+    total = distributed.all_sum(weights.sum(), ranks)
+    loss = distributed.reduce(row_loss, weights, "mean", ranks)
+    return torch.where(total == 0, row_loss, (row_loss - loss) / torch.where(total == 0, 1, total))

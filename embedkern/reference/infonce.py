@@ -1,12 +1,22 @@
-"""The specification of the contrastive loss, in plain differentiable PyTorch. csrc/cpu/infonce.cpp computes the same
-without the N×M matrix that stands here."""
+"""The specification of the contrastive loss, in plain differentiable PyTorch. csrc/cpu/infonce.cpp computes the same.
+
+Rows are taken in blocks that are computed again for the gradient, so that the N×M matrix doesn't exist here either.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import distributed
+from ..ops import common
+
 EPS = 1e-12  # under cosine, x / max(‖x‖₂, EPS), as torch.nn.functional.normalize
+BLOCK = 1 << 17  # elements of a block's logits
 
 
 def info_nce(
@@ -17,47 +27,236 @@ def info_nce(
     targets: Tensor | None,
     temperature: float | Tensor,
     similarity: str,
+    directions: Sequence[str],
+    partition_mode: str,
     query_labels: Tensor | None,
     document_labels: Tensor | None,
     same_label: str,
+    guide_queries: Tensor | None,
+    guide_documents: Tensor | None,
+    margin: float,
+    margin_strategy: str,
     weights: Tensor | None,
+    negative_weights: Tensor | None,
+    hardness_mode: str | None,
+    hardness_strength: float,
     label_smoothing: float,
+    matryoshka_dims: Sequence[int] | None,
+    matryoshka_weights: Sequence[float] | None,
     reduction: str,
     return_metrics: bool,
+    group: Any,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    given = [x for x in (queries, documents, negatives, positives) if x is not None]
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
+    _check_weights(negative_weights)
+    batch = distributed.gather_batch(
+        queries, documents, _targets(targets, queries, documents) if targets is not None else None, query_labels,
+        document_labels, guide_queries, guide_documents, negative_weights, directions, group,
+    )  # fmt: skip
+    tau = temperature.to(wide).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
+    rows = queries.shape[0]
+
     with torch.autocast(queries.device.type, enabled=False):
-        given = [x for x in (queries, documents, negatives, positives) if x is not None]
-        wide = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-        q, d = _vectors(queries, similarity, wide), _vectors(documents, similarity, wide)
-        t = _targets(targets, queries, documents)
+        total = torch.zeros(rows, dtype=wide, device=queries.device)
+        metrics = torch.zeros(rows, 4, dtype=wide, device=queries.device)
+        dims, factors = prefixes(matryoshka_dims, matryoshka_weights, queries.shape[1])
+        for dim, factor in zip(dims, factors, strict=True):
 
-        s = q @ d.T  # (N, M)
-        positive = torch.arange(d.shape[0], device=d.device) == t[:, None]  # (N, M): row i's own column
-        if positives is not None:
-            p = _vectors(positives, similarity, wide)
-            s = torch.where(positive, (q * p).sum(1, keepdim=True), s)
-        visible, y = torch.ones_like(positive), positive
-        if query_labels is not None and document_labels is not None:
-            same = query_labels[:, None] == document_labels
-            if same_label == "ignore":
-                visible = positive | ~same
+            def vectors(x: Tensor, dim: int = dim) -> Tensor:
+                return _vectors(x[..., :dim], similarity, wide)
+
+            rest = Rest(
+                vectors(batch.queries), vectors(batch.documents), batch.targets, batch.offset, batch.period, tau,
+                None if positives is None else vectors(positives), None if negatives is None else vectors(negatives),
+                batch.query_labels, batch.document_labels, same_label == "positive",
+                None if batch.guide_queries is None else _vectors(batch.guide_queries, similarity, wide),
+                None if batch.guide_documents is None else _vectors(batch.guide_documents, similarity, wide),
+                margin, margin_strategy == "relative", batch.negative_weights, hardness_mode, hardness_strength,
+                label_smoothing, tuple(directions), partition_mode == "per_direction",
+            )  # fmt: skip
+            columns = sum(rest.q.shape[0] if name.endswith("query") else rest.d.shape[0] for name in directions)
+            step = max(1, BLOCK // columns)
+            if torch.compiler.is_compiling() or rows <= step:
+                row_loss, of_rows = _rows(rest, 0, rows)
             else:
-                y = positive | same
-        if negatives is not None:
-            n = _vectors(negatives, similarity, wide)
-            s = torch.cat([s, torch.einsum("nd,nkd->nk", q, n)], 1)  # (N, M + K)
-            beside = positive.new_zeros(n.shape[:2])
-            positive, visible, y = (torch.cat(x, 1) for x in ((positive, beside), (visible, ~beside), (y, beside)))
+                vary = [getattr(rest, name) for name in Block.VARY]
+                blocks = [Block.apply(rest, begin, min(begin + step, rows), *vary) for begin in range(0, rows, step)]
+                row_loss, of_rows = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+            total = total + factor * row_loss
+            metrics = of_rows if dim == max(dims) else metrics
+        loss = distributed.reduce(total, weights, reduction, group)
+    return (loss, mean_metrics(metrics, group)) if return_metrics else loss
 
-        negative = visible & ~y
-        tau = temperature.to(wide).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
-        z = s / tau
+
+@dataclass(frozen=True)
+class Rest:
+    """One prefix's unit vectors and the options that each block of rows needs."""
+
+    q: Tensor  # (N, D), of all ranks where a direction needs them
+    d: Tensor  # (M, D)
+    t: Tensor  # (rows,)
+    offset: int  # row i is query offset + i
+    period: int  # documents j and k belong to the same query if j ≡ k modulo this
+    tau: Tensor | float
+    p: Tensor | None
+    n: Tensor | None
+    query_labels: Tensor | None
+    document_labels: Tensor | None
+    same_positive: bool
+    guide_q: Tensor | None
+    guide_d: Tensor | None
+    margin: float
+    relative: bool
+    negative_weights: Tensor | None
+    hardness_mode: str | None
+    hardness_strength: float
+    label_smoothing: float
+    directions: tuple[str, ...]
+    per_direction: bool
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Of a block of rows and one direction, all (rows, columns)."""
+
+    s: Tensor  # similarities
+    visible: Tensor
+    target: Tensor  # counts as a positive
+    added: Tensor | float  # to the logits: constants, log w and hardness
+
+
+def _rows(rest: Rest, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """The losses of rows [begin, end), and (rows, 4): does nothing beat the positive, its similarity, the sum and the
+    number of the negatives' in the query's direction."""
+    t = rest.t[begin:end]
+    tau = rest.tau[begin:end] if isinstance(rest.tau, Tensor) and rest.tau.shape[0] > 1 else rest.tau
+    forward = _columns(rest, "query_to_doc", begin, end)
+    parts = [[forward]]
+    if rest.n is not None:
+        parts[0].append(_negatives(rest, begin, end))
+    for name in rest.directions:
+        if name != "query_to_doc":
+            other = _columns(rest, name, begin, end)
+            parts.append([other]) if rest.per_direction else parts[0].append(other)
+
+    losses = []
+    for part in parts:
+        visible, target = (torch.cat([getattr(x, name) for x in part], 1) for name in ("visible", "target"))
+        z = torch.cat([x.s / tau + x.added for x in part], 1)
         lse = z.masked_fill(~visible, -torch.inf).logsumexp(1)
-        y = (1 - label_smoothing) * y.to(wide) / y.sum(1, keepdim=True)
-        y = y + label_smoothing * visible / visible.sum(1, keepdim=True)
-        row_loss = lse - (y * torch.where(visible, z, 0)).sum(1)  # dz = softmax(z) - y
-        loss = reduce(row_loss, weights, reduction)
-        return (loss, _metrics(s.detach(), z.detach(), positive, negative, visible)) if return_metrics else loss
+        y = (1 - rest.label_smoothing) * target.to(z.dtype) / target.sum(1, keepdim=True)
+        y = y + rest.label_smoothing * visible / visible.sum(1, keepdim=True)
+        losses.append(lse - (y * torch.where(visible, z, 0)).sum(1))  # dz = softmax(z) - y
+    row_loss = sum(losses[1:], losses[0]) / len(losses)
+
+    beside = parts[0][:2] if rest.n is not None else parts[0][:1]
+    s, visible, target = (
+        torch.cat([getattr(x, name).detach() for x in beside], 1) for name in ("s", "visible", "target")
+    )
+    positive = s.gather(1, t[:, None])
+    beaten = (torch.where(visible, s, -torch.inf) > positive).any(1)
+    negative = visible & ~target
+    of_rows = [~beaten, positive.squeeze(1), torch.where(negative, s, 0).sum(1), negative.sum(1)]
+    return row_loss, torch.stack([x.to(s.dtype) for x in of_rows], 1)
+
+
+class Block(torch.autograd.Function):
+    """`_rows`, computed again for the gradient; second derivatives go through that."""
+
+    VARY = ("q", "d", "p", "n", "tau")
+
+    @staticmethod
+    def forward(ctx: Any, rest: Rest, begin: int, end: int, *vary: Any) -> tuple[Tensor, Tensor]:
+        ctx.rows, ctx.numbers = (rest, begin, end), [None if isinstance(x, Tensor) else x for x in vary]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in vary))
+        row_loss, of_rows = _rows(rest, begin, end)
+        ctx.mark_non_differentiable(of_rows)
+        return row_loss, of_rows
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
+        rest, begin, end = ctx.rows
+        vary = [number if x is None else x for x, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+
+        def again(*given: Any) -> Tensor:
+            return _rows(replace(rest, **dict(zip(Block.VARY, given, strict=True))), begin, end)[0]
+
+        gradients = common.reference_gradients(again, vary, ctx.needs_input_grad[3:], (d_loss,))
+        return None, None, None, *gradients
+
+
+def _columns(rest: Rest, direction: str, begin: int, end: int) -> Columns:
+    from_query, to_query = direction.startswith("query"), direction.endswith("query")
+    t, me = rest.t[begin:end, None], torch.arange(begin, end, device=rest.t.device)[:, None] + rest.offset
+    anchors = rest.q[me[:, 0]] if from_query else rest.d[t[:, 0]] if rest.p is None else rest.p[begin:end]
+    columns = rest.q if to_query else rest.d
+    s = anchors @ columns.T
+    j = torch.arange(columns.shape[0], device=t.device)
+    of_own_query = j % rest.period == t % rest.period
+    nothing = torch.zeros_like(of_own_query if not to_query else j == me)
+
+    # The positive's own pair; what isn't there at all: a query beside itself, documents of the same query.
+    pair = j == t if direction == "query_to_doc" else j == me if direction == "doc_to_query" else nothing
+    gone = j == me if direction == "query_to_query" else of_own_query if direction == "doc_to_doc" else nothing
+    if direction == "query_to_doc" and rest.p is not None:
+        s = torch.where(pair, (anchors * rest.p[begin:end]).sum(1, keepdim=True), s)
+    target = pair if direction == "query_to_doc" or rest.per_direction else nothing
+    hidden = nothing
+    if rest.query_labels is not None and rest.document_labels is not None:
+        label = rest.query_labels[me] if from_query else rest.document_labels[t]
+        same = (label == (rest.query_labels if to_query else rest.document_labels)) & ~pair & ~gone
+        if rest.same_positive:
+            target = target | same
+        else:
+            hidden = same
+    if rest.guide_q is not None and rest.guide_d is not None:
+        positive = (rest.guide_q[me[:, 0]] @ rest.guide_d.T).gather(1, t)
+        guide = rest.guide_q[me[:, 0]] if from_query else rest.guide_d[t[:, 0]]
+        least = positive - (positive.abs() * rest.margin if rest.relative else rest.margin)
+        guided = guide @ (rest.guide_q if to_query else rest.guide_d).T > least
+        hidden = hidden | (guided & ~pair & ~target)
+
+    visible = ~gone & ~hidden
+    negative = visible & ~target & ~pair
+    added = torch.zeros_like(s)
+    if direction == "query_to_doc" and rest.hardness_mode is not None:
+        chosen = {"in_batch_negatives": ~of_own_query, "hard_negatives": of_own_query}
+        harder = chosen.get(rest.hardness_mode, negative) & negative
+        added = torch.where(harder, rest.hardness_strength * s.detach(), added)
+    weights = rest.negative_weights
+    if not to_query and weights is not None and weights.ndim == 1:
+        added, visible = _weighted(added, visible, negative, weights)
+    return Columns(s, visible, target, added)
+
+
+def _negatives(rest: Rest, begin: int, end: int) -> Columns:
+    """Each query's own hard negatives, which belong to the query's direction."""
+    assert rest.n is not None
+    rows = torch.arange(begin, end, device=rest.t.device) + rest.offset
+    s = torch.einsum("nd,nkd->nk", rest.q[rows], rest.n[begin:end])
+    visible = torch.ones_like(s, dtype=torch.bool)
+    added = torch.zeros_like(s)
+    if rest.hardness_mode in ("hard_negatives", "all_negatives"):
+        added = rest.hardness_strength * s.detach()
+    weights = rest.negative_weights
+    if weights is not None and weights.ndim == 2:
+        added, visible = _weighted(added, visible, visible, weights[begin:end])
+    return Columns(s, visible, torch.zeros_like(visible), added)
+
+
+def _weighted(added: Tensor, visible: Tensor, negative: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights multiply the negatives' exponentials; one of 0 hides."""
+    log = torch.where(weights > 0, weights.to(added.dtype), 1).log()
+    return added + torch.where(negative, log, 0), visible & ~(negative & (weights == 0))
+
+
+def prefixes(
+    dims: Sequence[int] | None, weights: Sequence[float] | None, dim: int
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Matryoshka's prefixes and their weights; without any the whole vectors."""
+    dims = (dim,) if dims is None else dims
+    return dims, (1.0,) * len(dims) if weights is None else weights
 
 
 def _vectors(x: Tensor, similarity: str, wide: torch.dtype) -> Tensor:
@@ -65,9 +264,7 @@ def _vectors(x: Tensor, similarity: str, wide: torch.dtype) -> Tensor:
     return torch.nn.functional.normalize(x, dim=-1, eps=EPS) if similarity == "cosine" else x
 
 
-def _targets(targets: Tensor | None, queries: Tensor, documents: Tensor) -> Tensor:
-    if targets is None:
-        return torch.arange(queries.shape[0], device=queries.device)
+def _targets(targets: Tensor, queries: Tensor, documents: Tensor) -> Tensor:
     outside = ((targets < 0) | (targets >= documents.shape[0])).nonzero()
     if outside.numel():
         i = int(outside[0])
@@ -75,32 +272,18 @@ def _targets(targets: Tensor | None, queries: Tensor, documents: Tensor) -> Tens
     return targets.long()
 
 
-def reduce(row_loss: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    """The result from each row's loss (N,). A mean over no weight is 0."""
-    if weights is not None:
-        weights = weights.to(row_loss.dtype)
-        row_loss = row_loss * weights
-    if reduction == "none":
-        return row_loss
-    if reduction == "sum":
-        return row_loss.sum()
-    if weights is None:
-        return row_loss.sum() / max(row_loss.shape[0], 1)
-    return row_loss.sum() / total(weights)
+def _check_weights(negative_weights: Tensor | None) -> None:
+    if negative_weights is not None and not (negative_weights >= 0).all():
+        raise ValueError(f"negative_weights must be ≥ 0, got {negative_weights.min().item()}")
 
 
-def total(weights: Tensor) -> Tensor:
-    """Σ weights, or 1 where that is 0."""
-    sum_ = weights.sum()
-    return torch.where(sum_ == 0, torch.ones_like(sum_), sum_)
+METRICS = ("accuracy", "positive_similarity", "negative_similarity")
 
 
-def _metrics(s: Tensor, z: Tensor, positive: Tensor, negative: Tensor, visible: Tensor) -> dict[str, Tensor]:
+def mean_metrics(of_rows: Tensor, group: Any) -> dict[str, Tensor]:
     """Share of rows in which nothing beats the row's own positive; mean similarity of these, and of what is no positive
     in the denominators (0 where there is nothing)."""
-    beaten = (torch.where(visible, z, -torch.inf) > z[positive][:, None]).any(1)
-    return {
-        "accuracy": 1 - beaten.to(s.dtype).sum() / max(s.shape[0], 1),
-        "positive_similarity": s[positive].sum() / max(s.shape[0], 1),
-        "negative_similarity": torch.where(negative, s, 0).sum() / negative.sum().clamp(min=1),
-    }
+    sums = torch.cat([of_rows.detach().sum(0), of_rows.new_full((1,), of_rows.shape[0])])
+    hits, positive, negative, count, rows = distributed.all_sum(sums, group).unbind()
+    means = hits / rows.clamp(min=1), positive / rows.clamp(min=1), negative / count.clamp(min=1)
+    return dict(zip(METRICS, means, strict=True))
