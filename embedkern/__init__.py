@@ -15,6 +15,12 @@ from .ops.attention import (
 )
 from .ops.explain import explain
 from .ops.infonce import InfoNCEFunction, info_nce
+from .ops.latent_pooling import (
+    LatentAttentionFunction,
+    MultiLayerAttentionFunction,
+    latent_attention,
+    multi_layer_attention,
+)
 from .ops.pooling import PoolFunction, pool
 from .version import __version__
 
@@ -26,13 +32,17 @@ __all__ = [
     "AttentionVarlenFunction",
     "GradCache",
     "InfoNCEFunction",
+    "LatentAttentionFunction",
+    "MultiLayerAttentionFunction",
     "PoolFunction",
     "__version__",
     "attention",
     "attention_varlen",
     "explain",
     "info_nce",
+    "latent_attention",
     "log_length_temperature",
+    "multi_layer_attention",
     "patch",
     "patched",
     "pool",
