@@ -270,7 +270,7 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
 }
 
-# Implemented in Python, in backends/latent_pooling.py. weights: a reference.latent_pooling.Block. Without `keep`,
+# Implemented in Python, in backends/. weights: a reference.latent_pooling.Block. Without `keep`,
 # attended and inner are empty; a gradient that isn't needed is empty.
 PYTHON_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "latent_attention_forward": (

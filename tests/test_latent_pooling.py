@@ -86,6 +86,15 @@ def layouts(length: int = 11) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     yield packed, {"cu_seqlens": bounds, "skip": skip, "eps": 0.0}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small cost more in waking threads than in work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "TILE", 7)
@@ -330,6 +339,21 @@ def test_nothing_is_kept_without_gradients() -> None:
         with torch.no_grad():
             ek.latent_attention(hidden, *weights, HEADS)
     assert calls == [True, False]
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    tensors = [torch.randn(5, 60, WIDTH), *block(5, 8, torch.float32)]
+    layers = [torch.randn(3, 4, WIDTH), torch.randn(4, WIDTH), *block(9, 4, torch.float32)]
+    wide = [torch.randn(2, 330, 128), *block(30, 64, torch.float32, width=128)]
+    unabsorbed = [tensors[0], *layers[2:]]
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        result = run(ek.multi_layer_attention, layers, torch.float32)
+        for inputs in (tensors, wide, unabsorbed):
+            result += run(ek.latent_attention, inputs, torch.float32)
+        results.append(result)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends import latent_pooling as backends
+from ..backends.latent_pooling import LATENT, LATENT_AS_WRITTEN
+from ..backends.multi_layer_pooling import MULTI_LAYER
 from ..dispatch import Backend
 from ..reference import latent_pooling as reference
 from . import common, pooling
 
-BACKENDS = (backends.LATENT, backends.LATENT_AS_WRITTEN, Backend("reference"))
-MULTI_LAYER_BACKENDS = (backends.MULTI_LAYER, Backend("reference"))
+BACKENDS = (LATENT, LATENT_AS_WRITTEN, Backend("reference"))
+MULTI_LAYER_BACKENDS = (MULTI_LAYER, Backend("reference"))
 WEIGHTS = len(reference.Block._fields)
 
 
