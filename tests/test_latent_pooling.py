@@ -318,6 +318,16 @@ def test_no_weights_of_all_tokens_and_no_padding_computed(form: str, monkeypatch
         flops.append(counter.get_total_flops())
         assert largest.size < tokens * HEADS * num_latents
         assert all(s.numel() < tokens * HEADS * num_latents for s in saved)
+        with FlopCounterMode(display=False) as counter:
+            backend.latent_attention_backward(out, x, *places, weights, *options, saved, [True] * 15)
+        whole = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:  # frozen weights cost nothing
+            gradients = backend.latent_attention_backward(
+                out, x, *places, weights, *options, saved, [True] + [False] * 14
+            )
+        assert gradients[0].shape == x.shape
+        assert all(g.numel() == 0 for g in gradients[1:])
+        assert counter.get_total_flops() < 0.75 * whole
     assert flops[0] == flops[1]
 
 

@@ -233,7 +233,7 @@ class AsWritten:
         self.scale = (w.to_q.shape[0] // heads) ** -0.5
         self.tables = kv.new_empty(0)
         self.k, self.v = split_heads(kv, 2 * heads).chunk(2)  # (H, N, D)
-        self.d_k, self.d_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
+        self.sums = torch.zeros_like(kv) if d is not None and d.any("latents", "to_kv", *ATTENTION[4:]) else None
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q = split_heads(product(x, self.w.to_q.T), self.heads)
@@ -248,15 +248,17 @@ class AsWritten:
         if self.d.needed["to_out"]:
             self.d.add_product("to_out", d_out.T, join_heads(product(p, self.v)))
         d_o = split_heads(product(d_out, self.w.to_out), self.heads)
-        product(p.mT, d_o, self.d_v, add=True)
         d_s = d_softmax(product(d_o, self.v.mT), p).mul_(self.scale)
-        product(d_s.mT, q, self.d_k, add=True)
+        if self.sums is not None:
+            d_k, d_v = split_heads(self.sums, 2 * self.heads).chunk(2)
+            product(d_s.mT, q, d_k, add=True)
+            product(p.mT, d_o, d_v, add=True)
         d_q = join_heads(product(d_s, self.k))
         self.d.add_product("to_q", d_q.T, x)
         return product(d_q, self.w.to_q)
 
-    def end_backward(self) -> Tensor:
-        return join_heads(torch.cat([self.d_k, self.d_v]))
+    def end_backward(self) -> Tensor | None:
+        return self.sums
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
