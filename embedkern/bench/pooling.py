@@ -39,10 +39,10 @@ def _block(num_latents: int, heads: int, head_dim: int, width: int = 1024, inner
         return torch.randn(out, terms) / terms**0.5
 
     attention = matrix(heads * head_dim, width), matrix(2 * heads * head_dim, width), matrix(width, heads * head_dim)
-    norms = [f(width) for _ in range(3) for f in (torch.ones, torch.zeros)]
+    norms = [torch.ones(width), torch.zeros(width)] * 3
     feed_forward = matrix(2 * inner, width), torch.zeros(2 * inner), matrix(width, inner), torch.zeros(width)
     tensors = torch.randn(num_latents, width), *attention, *norms, *feed_forward
-    return Block(*(x.requires_grad_() for x in tensors))
+    return Block(*(x.clone().requires_grad_() for x in tensors))
 
 
 def _latents() -> Iterator[Row]:
