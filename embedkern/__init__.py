@@ -16,6 +16,12 @@ from .ops.attention import (
 from .ops.contrastive import contrastive_distillation, sigmoid_loss
 from .ops.explain import explain
 from .ops.infonce import InfoNCEFunction, info_nce
+from .ops.latent_pooling import (
+    LatentAttentionFunction,
+    MultiLayerAttentionFunction,
+    latent_attention,
+    multi_layer_attention,
+)
 from .ops.pooling import PoolFunction, pool
 from .version import __version__
 
@@ -27,6 +33,8 @@ __all__ = [
     "AttentionVarlenFunction",
     "GradCache",
     "InfoNCEFunction",
+    "LatentAttentionFunction",
+    "MultiLayerAttentionFunction",
     "PoolFunction",
     "__version__",
     "attention",
@@ -34,7 +42,9 @@ __all__ = [
     "contrastive_distillation",
     "explain",
     "info_nce",
+    "latent_attention",
     "log_length_temperature",
+    "multi_layer_attention",
     "patch",
     "patched",
     "pool",

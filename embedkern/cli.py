@@ -50,10 +50,14 @@ def doctor(_: argparse.Namespace) -> int:
     print(f"CPU kernels: {_native.variant()} in force (this CPU supports: {supported})")
     print(f"CUDA kernels: {'built' if _native.has_cuda else 'not in this build'}")
     x = torch.zeros(1, 1, 1, 8)
+    v, wide = x[0, 0, 0], torch.zeros(16, 8)
+    block = (x[0, 0], wide[:8], wide, wide[:8], v, v, v, v, v, v, wide, wide[:, 0], wide[:8], v, 1)
     calls = {
         "attention": (x, x, x),
         "attention_varlen": (x[0], x[0], x[0], torch.tensor([0, 1])),
         "info_nce": (x[0, 0], x[0, 0]),
+        "latent_attention": (x[0], *block),
+        "multi_layer_attention": (x[0], x[0, 0], *block),
         "pool": (x[0],),
     }
     for name in FAMILIES:

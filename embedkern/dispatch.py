@@ -29,6 +29,11 @@ class Backend:
     rules: tuple[Rule, ...] = ()
     forward: Any = None  # operators; None in the reference, which is plain differentiable PyTorch
     backward: Any = None
+    form: str = ""  # tells backends of one name apart: ways to compute the same
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.form})" if self.form else self.name
 
     def refuses(self, call: Call) -> bool:
         return any(rule.refuses(call) for rule in self.rules)
@@ -38,7 +43,7 @@ class Backend:
 
 
 class Explanation(NamedTuple):
-    """The backend that runs a call, and for each other one why it doesn't."""
+    """The backend that runs a call, and for each other one, or other form of it, why it doesn't."""
 
     choice: str
     refused: dict[str, list[str]]
@@ -48,6 +53,7 @@ def select(family: str, backends: Sequence[Backend], wanted: str | None, call: C
     """The backend for a call: the one `wanted`, or the first that can."""
     if wanted is not None and wanted not in NAMES:
         raise ValueError(f"backend must be one of {NAMES} or None, got {wanted!r}")
+    refused = None
     for backend in backends:
         if wanted is not None and wanted != backend.name:
             continue
@@ -55,19 +61,21 @@ def select(family: str, backends: Sequence[Backend], wanted: str | None, call: C
             if wanted is None and backend.name == "reference" and not torch.compiler.is_compiling():
                 _warn_of_fallback(family, backends, call)
             return backend
-        if wanted is not None:
-            reasons = "; ".join(backend.reasons(call))
-            raise NotImplementedError(f"{family}: backend {wanted!r} can't run this: {reasons}")
+        refused = backend
+    if wanted is not None and refused is not None:
+        reasons = "; ".join(refused.reasons(call))
+        raise NotImplementedError(f"{family}: backend {wanted!r} can't run this: {reasons}")
     raise NotImplementedError(f"{family}: there is no {wanted!r} backend for it yet")
 
 
 def explain(backends: Sequence[Backend], wanted: str | None, call: Call) -> Explanation:
-    reasons = {backend.name: backend.reasons(call) for backend in backends}
+    reasons = {backend.label: backend.reasons(call) for backend in backends}
     for name in NAMES:
-        reasons.setdefault(name, ["not written yet"])
-    able = [backend.name for backend in backends if not reasons[backend.name] and wanted in (None, backend.name)]
-    choice = able[0] if able else "none"
-    refused = {name: why or [f"able, but {choice} was chosen"] for name, why in reasons.items() if name != choice}
+        if all(backend.name != name for backend in backends):
+            reasons[name] = ["not written yet"]
+    able = [backend for backend in backends if not reasons[backend.label] and wanted in (None, backend.name)]
+    choice, chosen = (able[0].name, able[0].label) if able else ("none", "none")
+    refused = {label: why or [f"able, but {chosen} was chosen"] for label, why in reasons.items() if label != chosen}
     return Explanation(choice, refused)
 
 
@@ -78,5 +86,5 @@ def _warn_of_fallback(family: str, backends: Sequence[Backend], call: Call) -> N
     if family in _warned:
         return
     _warned.add(family)
-    why = "; ".join(f"{b.name}: {', '.join(b.reasons(call))}" for b in backends if b.name != "reference")
+    why = "; ".join(f"{b.label}: {', '.join(b.reasons(call))}" for b in backends if b.name != "reference")
     warnings.warn(f"embedkern.{family} runs on the slow reference backend ({why})", stacklevel=4)

@@ -5,6 +5,7 @@ A size or a count is a SymInt: declared as int, each new value would compile ane
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -163,6 +164,100 @@ def _sigmoid_loss(
     return tuple(images.new_empty(shape, dtype=wide) for shape in shapes)
 
 
+def absorbs(latents: Tensor, to_q: Tensor, num_heads: int) -> bool:
+    """Whether a product of two projections over the latents is smaller than the projections: N < D."""
+    return latents.shape[0] * num_heads < to_q.shape[0]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _latent_attention_forward(
+    hidden: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    skip: Tensor | None,
+    weights: list[Tensor],
+    num_heads: int,
+    normalize: bool,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    latents, to_q, to_kv, inner, width = weights[0], weights[1], weights[2], weights[11].shape[0], hidden.shape[-1]
+    batch = hidden.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = math.prod(hidden.shape[:-1]) if keep else 0
+    absorbed = (2, latents.shape[0] * num_heads, width) if absorbs(latents, to_q, num_heads) else (0,)
+    shapes = ((batch, width), (batch, inner // 2), (rows, width), (latents.shape[0], to_kv.shape[0]), absorbed)
+    pooled, gated, attended, kv, tables = (hidden.new_empty(shape, dtype=_wide(hidden)) for shape in shapes)
+    return hidden.new_empty((batch, width)), pooled, gated, attended, hidden.new_empty((rows, inner)), kv, tables
+
+
+def _multi_layer_attention_forward(
+    layers: Tensor,
+    layer_embedding: Tensor,
+    empty: Tensor | None,
+    weights: list[Tensor],
+    num_heads: int,
+    normalize: bool,
+    eps: float,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    latents, to_q, to_kv, inner = weights[0], weights[1], weights[2], weights[11].shape[0]
+    batch, count, width = layers.shape
+    rows = batch * latents.shape[0] if keep else 0
+    shapes = ((batch, width), (batch, inner // 2), (rows, width), (latents.shape[0], to_q.shape[0]))
+    pooled, gated, attended, q = (layers.new_empty(shape, dtype=_wide(layers)) for shape in shapes)
+    kv = layers.new_empty((batch, count, to_kv.shape[0]), dtype=_wide(layers))
+    return layers.new_empty((batch, width)), pooled, gated, attended, layers.new_empty((rows, inner)), q, kv
+
+
+def _needed(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True)]
+
+
+def _latent_attention_backward(
+    d_out: Tensor,
+    hidden: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    skip: Tensor | None,
+    weights: list[Tensor],
+    num_heads: int,
+    normalize: bool,
+    eps: float,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    return _needed([hidden, *weights], needs)
+
+
+def _multi_layer_attention_backward(
+    d_out: Tensor,
+    layers: Tensor,
+    layer_embedding: Tensor,
+    empty: Tensor | None,
+    weights: list[Tensor],
+    num_heads: int,
+    normalize: bool,
+    eps: float,
+    saved: list[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    return _needed([layers, layer_embedding, *weights], needs)
+
+
+_LATENT_OPTIONS = (
+    "Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor[] weights, "
+    "SymInt num_heads, bool normalize, float eps"
+)
+_MULTI_LAYER_OPTIONS = (
+    "Tensor layers, Tensor layer_embedding, Tensor? empty, Tensor[] weights, SymInt num_heads, bool normalize, "
+    "float eps"
+)
+
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     "pool_forward": (
         "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
@@ -204,7 +299,11 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "Tensor d_negatives, Tensor d_positives, Tensor d_temperature)",
         _info_nce,
     ),
-    # written in torch (backends/panels.py): the loss and its gradients, float32; those not wanted are empty
+}
+
+# Implemented in Python, in backends/. A gradient that isn't needed is empty.
+PYTHON_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    # the loss and its gradients, float32
     "contrastive_distillation": (
         "(Tensor student_queries, Tensor student_documents, Tensor teacher_queries, Tensor teacher_documents, "
         "Tensor temperature, float teacher_temperature, bool kl, bool d_queries, bool d_documents) -> "
@@ -217,6 +316,25 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
         "bool d_images, bool d_texts) -> "
         "(Tensor loss, Tensor d_images, Tensor d_texts, Tensor d_logit_scale, Tensor d_logit_bias)",
         _sigmoid_loss,
+    ),
+    # weights: a reference.latent_pooling.Block; without `keep`, attended and inner are empty
+    "latent_attention_forward": (
+        f"({_LATENT_OPTIONS}, bool keep) -> (Tensor out, Tensor pooled, Tensor gated, Tensor attended, Tensor inner, "
+        "Tensor kv, Tensor tables)",
+        _latent_attention_forward,
+    ),
+    "latent_attention_backward": (
+        f"(Tensor d_out, {_LATENT_OPTIONS}, Tensor[] saved, bool[] needs) -> Tensor[]",
+        _latent_attention_backward,
+    ),
+    "multi_layer_attention_forward": (
+        f"({_MULTI_LAYER_OPTIONS}, bool keep) -> (Tensor out, Tensor pooled, Tensor gated, Tensor attended, "
+        "Tensor inner, Tensor q, Tensor kv)",
+        _multi_layer_attention_forward,
+    ),
+    "multi_layer_attention_backward": (
+        f"(Tensor d_out, {_MULTI_LAYER_OPTIONS}, Tensor[] saved, bool[] needs) -> Tensor[]",
+        _multi_layer_attention_backward,
     ),
 }
 
@@ -234,13 +352,19 @@ def check_kernels(
 
 
 _library = torch.library.Library("embedkern", "DEF")  # the operators live as long as this object
-for _name, (_signature, _fake) in OPERATORS.items():
+for _name, (_signature, _fake) in (OPERATORS | PYTHON_OPERATORS).items():
     _library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"embedkern::{_name}", _fake, lib=_library)
 
 OPS = torch.ops.embedkern
 
 
-def implement(name: str, kernel: Callable[..., Any]) -> None:
-    """Gives an operator its kernel in Python, for every device."""
+def implement(name: str, function: Callable[..., Any]) -> None:
+    """Gives an operator its kernel in Python, for every device: what it calls doesn't see autocast."""
+
+    def kernel(*arguments: Any) -> Any:
+        device = next(x for x in arguments if isinstance(x, Tensor)).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return function(*arguments)
+
     _library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .ops.attention import attention, attention_varlen
 from .ops.infonce import info_nce
+from .ops.latent_pooling import latent_attention, multi_layer_attention
 from .ops.pooling import pool
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +57,15 @@ def cases(device: str) -> Iterator[Case]:
     for mode in ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "sum"):
         options = {"lengths": integers(40, 0, 11), "normalize": mode != "sum"}
         yield Case(f"pool {mode}", lambda h, m=mode, **rest: pool(h, m, **rest), (hidden,), options)
+    rows, inner, norms = 3 * 16, 2 * 24, [random(24) for _ in range(6)]
+    matrices = [random(*shape) / shape[1] ** 0.5 for shape in ((rows, 24), (2 * rows, 24), (24, rows), (2 * inner, 24))]
+    feed_forward = (matrices[3], random(2 * inner), random(24, inner) / inner**0.5, random(24))
+    block = (random(5, 24), *matrices[:3], *norms, *feed_forward)
+    options = {"num_heads": 3, "lengths": integers(40, 0, 11)}
+    yield Case("latent_attention", latent_attention, (random(3, 40, 24), *block), options)
+    yield Case(
+        "multi_layer_attention", multi_layer_attention, (random(3, 4, 24), random(4, 24), *block), {"num_heads": 3}
+    )
     queries, documents, negatives = random(50, 48), random(70, 48), random(50, 3, 48)
     yield Case("info_nce", info_nce, (queries, documents), {"temperature": 0.05})
     hard = lambda q, d, n, **rest: info_nce(q, d, negatives=n, **rest)  # noqa: E731

@@ -330,10 +330,59 @@ def test_bad_input(error: type[Exception], message: str, hidden: Any, options: d
         ek.pool(hidden, **options)
 
 
-def test_sentence_transformers_pooling() -> None:
+@pytest.mark.parametrize("prompt", [0, 2])
+@pytest.mark.parametrize("layout", ["padded", "left-padded", "flattened"])
+def test_sentence_transformers_pooling(layout: str, prompt: int) -> None:
     models = pytest.importorskip("sentence_transformers.models")
-    hidden, mask = torch.randn(4, 6, 12), torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] + [0] * 5, [1] * 4 + [0] * 2])
-    for mode in ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"):
-        theirs = models.Pooling(12, pooling_mode=mode)
+    modes = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len_tokens", "weightedmean")
+    lengths = torch.tensor([6, 3, 4, 5])
+    mask = torch.arange(6) < lengths[:, None]
+    if layout == "left-padded":
+        mask = mask.flip(1)
+    hidden = torch.randn(4, 6, 12)
+    places: Any = {"mask": mask}
+    features = {"token_embeddings": hidden, "attention_mask": mask.long(), "prompt_length": prompt}
+    if layout == "flattened":
+        hidden = hidden[mask]
+        places = {"cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()}
+        features = {"token_embeddings": hidden[None], "cu_seq_lens_q": places["cu_seqlens"], "prompt_length": prompt}
+    for mode in (*modes, modes):
+        theirs = models.Pooling(12, pooling_mode=mode, include_prompt=False)
+        x = hidden.clone().requires_grad_()
+        features["token_embeddings"] = x[None] if layout == "flattened" else x
+        wanted = theirs(features)["sentence_embedding"]
+        got = ek.pool(x, mode, skip=prompt, **places)
+        torch.testing.assert_close(got, wanted)
+        upstream = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (got, wanted)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_where_sentence_transformers_differs() -> None:
+    """docs/pooling.md says so: with nothing left to pool, and with NaN in the padding, theirs isn't a pooled vector."""
+    models = pytest.importorskip("sentence_transformers.models")
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[0, 0, 0], [1, 1, 0]])
+    for mode in POOL_MODES[:-1]:
         features = {"token_embeddings": hidden, "attention_mask": mask}
-        torch.testing.assert_close(ek.pool(hidden, mode, mask=mask), theirs(features)["sentence_embedding"])
+        theirs = models.Pooling(4, pooling_mode=mode)(features)["sentence_embedding"]
+        assert ek.pool(hidden, mode, mask=mask)[0].eq(0).all()
+        zeros = mode not in ("cls", "max")  # the first position, −inf
+        assert theirs[0].eq(0).all().item() == zeros
+    hidden[1, 2] = NAN
+    theirs = models.Pooling(4, pooling_mode="mean")({"token_embeddings": hidden, "attention_mask": mask})
+    assert theirs["sentence_embedding"][1].isnan().all()
+    assert not ek.pool(hidden, mask=mask).isnan().any()
+
+
+def test_more_than_32_bits() -> None:
+    rows = torch.randn(2, 1, 8).expand(2, 2**31, 8)  # 2³⁵ values, all of one row
+    end = torch.tensor([[2**32 - 4, 2**32], [2**31 - 1, 2**31 + 1]])
+    for mode in ("mean", "cls", "lasttoken", "weightedmean"):
+        torch.testing.assert_close(ek.pool(rows, mode, lengths=torch.tensor([3, 2])), rows[:, 0])
+        pooled = ek.pool(rows, mode, spans=end)
+        torch.testing.assert_close(pooled[0], rows[1, 0])
+    torch.testing.assert_close(ek.pool(rows, spans=end)[1], rows[:, 0].mean(0))
+    reasons = ["the places of maxima are int32, and hidden has 2³¹ rows or more"]
+    assert ek.explain("pool", rows, ("mean", "max")).refused["cpu"] == reasons
+    with pytest.raises(NotImplementedError, match="2³¹ rows or more"):
+        ek.pool(rows, "max", backend="cpu")

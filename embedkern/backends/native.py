@@ -32,10 +32,14 @@ def _on(device: str, argument: str) -> tuple[Rule, Rule]:
 
 _BUILT = Rule(lambda call: not HAS_CUDA, "built without nvcc")
 _FEW_MODES = Rule(lambda call: len(call["modes"]) > POOL_MODES_LIMIT, f"more than {POOL_MODES_LIMIT} modes")
+_PLACES = Rule(
+    lambda call: "max" in call["modes"] and call["hidden"].shape[:-1].numel() >= 2**31,
+    "the places of maxima are int32, and hidden has 2³¹ rows or more",
+)
 _POOL_OPERATORS = OPS.pool_forward.default, OPS.pool_backward.default
 
-POOLING = Backend("cpu", _on("cpu", "hidden"), *_POOL_OPERATORS)
-POOLING_CUDA = Backend("cuda", (_BUILT, *_on("cuda", "hidden"), _FEW_MODES), *_POOL_OPERATORS)
+POOLING = Backend("cpu", (*_on("cpu", "hidden"), _PLACES), *_POOL_OPERATORS)
+POOLING_CUDA = Backend("cuda", (_BUILT, *_on("cuda", "hidden"), _FEW_MODES, _PLACES), *_POOL_OPERATORS)
 
 
 _ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.default

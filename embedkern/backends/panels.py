@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -47,34 +47,33 @@ def contrastive_distillation(
     d_documents: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = student_queries.shape[0], student_documents.shape[0]
-    with torch.autocast(student_queries.device.type, enabled=False):
-        q, d, tau = _wide(student_queries, student_documents, temperature)
-        (q, q_norm), (d, d_norm) = _unit(q), _unit(d)
-        t_q, t_d = (_unit(x)[0] for x in _wide(teacher_queries, teacher_documents))
-        loss, d_tau = q.new_zeros(()), q.new_zeros(())
-        d_q, d_d = (torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((q, d_queries), (d, d_documents)))
-        for r in _panels(rows, columns):
-            s, t = q[r] @ d.T, t_q[r] @ t_d.T
-            if kl:
-                z, t = s.div_(tau), t.div_(teacher_temperature).log_softmax(1).to(s.dtype)
-                log_p = z.log_softmax(1)
-                target = t.exp()
-                loss += (target * t.sub_(log_p)).sum()
-                dz = log_p.exp_().sub_(target).div_(rows)  # the derivative by z
-                d_tau -= (dz * z).sum() / tau
-                ds = dz.div_(tau)
-            else:
-                ds = s.sub_(t.to(s.dtype))
-                loss += ds.square().sum()
-                ds = ds.mul_(2 / max(rows * columns, 1))
-            if d_queries:
-                torch.mm(ds, d, out=d_q[r])
-            if d_documents:
-                d_d.addmm_(ds.T, q[r])
-        loss = loss / max(rows if kl else rows * columns, 1)
-        d_q = _through_unit(d_q, q, q_norm) if d_queries else d_q
-        d_d = _through_unit(d_d, d, d_norm) if d_documents else d_d
-        return loss, d_q, d_d, d_tau
+    q, d, tau = _wide(student_queries, student_documents, temperature)
+    (q, q_norm), (d, d_norm) = _unit(q), _unit(d)
+    t_q, t_d = (_unit(x)[0] for x in _wide(teacher_queries, teacher_documents))
+    loss, d_tau = q.new_zeros(()), q.new_zeros(())
+    d_q, d_d = (torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((q, d_queries), (d, d_documents)))
+    for r in _panels(rows, columns):
+        s, t = q[r] @ d.T, t_q[r] @ t_d.T
+        if kl:
+            z, t = s.div_(tau), t.div_(teacher_temperature).log_softmax(1).to(s.dtype)
+            log_p = z.log_softmax(1)
+            target = t.exp()
+            loss += (target * t.sub_(log_p)).sum()
+            dz = log_p.exp_().sub_(target).div_(rows)  # the derivative by z
+            d_tau -= (dz * z).sum() / tau
+            ds = dz.div_(tau)
+        else:
+            ds = s.sub_(t.to(s.dtype))
+            loss += ds.square().sum()
+            ds = ds.mul_(2 / max(rows * columns, 1))
+        if d_queries:
+            torch.mm(ds, d, out=d_q[r])
+        if d_documents:
+            d_d.addmm_(ds.T, q[r])
+    loss = loss / max(rows if kl else rows * columns, 1)
+    d_q = _through_unit(d_q, q, q_norm) if d_queries else d_q
+    d_d = _through_unit(d_d, d, d_norm) if d_documents else d_d
+    return loss, d_q, d_d, d_tau
 
 
 def sigmoid_loss(
@@ -87,31 +86,26 @@ def sigmoid_loss(
     d_images: bool,
     d_texts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(images.device.type, enabled=False):
-        x, y, scale, bias = _wide(images, texts, logit_scale, logit_bias)
-        loss, d_scale, d_bias = (x.new_zeros(()) for _ in range(3))
-        d_x, d_y = (torch.zeros_like(v) if need else v.new_empty(0) for v, need in ((x, d_images), (y, d_texts)))
-        for r in _panels(x.shape[0], y.shape[0]):
-            s = x[r] @ y.T
-            logits = scale * s + bias
-            own = logits.diagonal(offset + r.start)
-            loss += softplus(logits).sum() - own.sum()  # softplus(z) - z = softplus(-z)
-            d = logits.sigmoid_()
-            own -= 1
-            d.div_(max(total, 1))
-            d_scale += (d * s).sum()
-            d_bias += d.sum()
-            d.mul_(scale)
-            if d_images:
-                torch.mm(d, y, out=d_x[r])
-            if d_texts:
-                d_y.addmm_(d.T, x[r])
-        return loss / max(total, 1), d_x, d_y, d_scale, d_bias
+    x, y, scale, bias = _wide(images, texts, logit_scale, logit_bias)
+    loss, d_scale, d_bias = (x.new_zeros(()) for _ in range(3))
+    d_x, d_y = (torch.zeros_like(v) if need else v.new_empty(0) for v, need in ((x, d_images), (y, d_texts)))
+    for r in _panels(x.shape[0], y.shape[0]):
+        s = x[r] @ y.T
+        logits = scale * s + bias
+        own = logits.diagonal(offset + r.start)
+        loss += softplus(logits).sum() - own.sum()  # softplus(z) - z = softplus(-z)
+        d = logits.sigmoid_()
+        own -= 1
+        d.div_(max(total, 1))
+        d_scale += (d * s).sum()
+        d_bias += d.sum()
+        d.mul_(scale)
+        if d_images:
+            torch.mm(d, y, out=d_x[r])
+        if d_texts:
+            d_y.addmm_(d.T, x[r])
+    return loss / max(total, 1), d_x, d_y, d_scale, d_bias
 
 
-KERNELS: dict[str, Callable[..., object]] = {
-    "contrastive_distillation": contrastive_distillation,
-    "sigmoid_loss": sigmoid_loss,
-}
-for _name, _kernel in KERNELS.items():
-    schema.implement(_name, _kernel)
+schema.implement("contrastive_distillation", contrastive_distillation)
+schema.implement("sigmoid_loss", sigmoid_loss)

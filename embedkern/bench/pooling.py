@@ -1,4 +1,5 @@
-"""Mean pooling and normalisation, forward and backward, against torch's operators and against a plain copy."""
+"""Mean pooling and normalisation against torch's operators and a plain copy, latent attention and multi-layer pooling
+against the modules as their papers' code writes them; forward and backward."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.latent_pooling import latent_attention, multi_layer_attention
 from ..ops.pooling import pool
+from ..reference.latent_pooling import Block
 from .harness import Row, interleave, keep_freed_memory, versus
 
 BATCH, LENGTH, CHANNELS = 64, 256, 768
@@ -31,7 +34,42 @@ def _step(function: Callable[[Tensor], Tensor], hidden: Tensor, upstream: Tensor
     return lambda: torch.autograd.grad(function(hidden), hidden, upstream)
 
 
+def _block(num_latents: int, heads: int, head_dim: int, width: int = 1024, inner: int = 4096) -> Block:
+    def matrix(out: int, terms: int) -> Tensor:
+        return torch.randn(out, terms) / terms**0.5
+
+    attention = matrix(heads * head_dim, width), matrix(2 * heads * head_dim, width), matrix(width, heads * head_dim)
+    norms = [torch.ones(width), torch.zeros(width)] * 3
+    feed_forward = matrix(2 * inner, width), torch.zeros(2 * inner), matrix(width, inner), torch.zeros(width)
+    tensors = torch.randn(num_latents, width), *attention, *norms, *feed_forward
+    return Block(*(x.clone().requires_grad_() for x in tensors))
+
+
+def _latents() -> Iterator[Row]:
+    """At the released models' shapes ÷ 4. The references are those modules, keys and values for each sequence."""
+
+    def against(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], heads: int, work: str, goal: str) -> Row:
+        upstream = torch.randn(inputs[0].shape[0], inputs[0].shape[-1])
+
+        def step(backend: str | None) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(function(*inputs, heads, backend=backend), inputs, upstream)
+
+        name = "NV-Embed's module as written" if function is latent_attention else "the paper's module as written"
+        return versus("pooling", work, step(None), step("reference"), name, goal, rounds=3)
+
+    block = _block(num_latents=128, heads=8, head_dim=1024)
+    for length, batch, goal in ((512, 6, "≥ 2.5"), (128, 48, "≥ 4")):
+        hidden = torch.randn(batch, length, 1024, requires_grad=True)
+        work = f"latent attention {batch}×{length}×1024, 128 latents, 8 heads of 1024, float32"
+        yield against(latent_attention, (hidden, *block), 8, work, goal)
+    block = _block(num_latents=192, heads=32, head_dim=512)
+    layers, embedding = torch.randn(8, 8, 1024, requires_grad=True), torch.randn(8, 1024, requires_grad=True)
+    work = "multi-layer attention 8×8 layers×1024, 192 latents, 32 heads of 512, float32"
+    yield against(multi_layer_attention, (layers, embedding, *block), 32, work, "≥ 3")
+
+
 def rows() -> Iterator[Row]:
+    yield from _latents()
     for keeps_memory in (False, True):
         if keeps_memory:
             keep_freed_memory()

@@ -7,12 +7,18 @@ from typing import Any
 
 from .. import dispatch
 from ..dispatch import Explanation
-from . import attention, infonce, pooling
+from . import attention, infonce, latent_pooling, pooling
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
     "attention": (attention.attention, attention.check, attention.BACKENDS),
     "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.BACKENDS),
     "info_nce": (infonce.info_nce, infonce.check, infonce.BACKENDS),
+    "latent_attention": (latent_pooling.latent_attention, latent_pooling.check, latent_pooling.BACKENDS),
+    "multi_layer_attention": (
+        latent_pooling.multi_layer_attention,
+        latent_pooling.check_multi_layer,
+        latent_pooling.MULTI_LAYER_BACKENDS,
+    ),
     "pool": (pooling.pool, pooling.check, pooling.BACKENDS),
 }
 

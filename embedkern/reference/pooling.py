@@ -10,8 +10,7 @@ def segments(
     hidden: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, spans: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(start, end) rows (S,) of each segment in hidden.view(-1, C), and which of those rows are real (rows,)."""
-    channels = hidden.shape[-1]
-    rows = hidden.reshape(-1, channels).shape[0] if channels else hidden.shape[:-1].numel()
+    rows = hidden.shape[:-1].numel()
     real = torch.ones(rows, dtype=torch.bool, device=hidden.device)
     if hidden.ndim == 3:
         batch, length = hidden.shape[:2]
