@@ -146,7 +146,7 @@ def resources(launch: Launch, architecture: int) -> Resources:
 
 def table() -> Iterator[tuple[str, Launch, int, Resources]]:
     """Each launch of bf16 attention over whole batches, for sm_90 and where it differs sm_80."""
-    for dim in (32, 64, 128, 256):
+    for dim in (32, 64, 128):
         for length in (32, 64, 128, 512):
             for launch in launches((length, length), (dim, dim)):
                 for architecture in (90, 80):

@@ -194,8 +194,8 @@ def test_padded_equals_packed() -> None:
     torch.testing.assert_close(got["out"], padded["out"].transpose(1, 2)[real])
 
 
-# The interpreter's products differ in the last place between q·kᵀ and k·qᵀ, a GPU's don't. Scores that large, or divided
-# by so little, turn that into a difference of weights between backward's two kernels: here one does it all.
+# The interpreter's products differ in the last place between q·kᵀ and k·qᵀ, a GPU's don't. Large scores, or small
+# temperatures, turn that into a difference of weights between backward's two kernels: here one does it all.
 LONGEST = 30 if attention.INTERPRETED else 300
 
 

@@ -25,6 +25,7 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+    keys_first: bool = False  # tiles keys × queries, of backward
 
 
 ANY = 1 << 30
@@ -46,10 +47,9 @@ FORWARD = {
 WHOLE = {
     2: (
         Tiles((32, 32, 128), 32, 32, 2, 1),
-        Tiles((ANY, 32, 128), 32, 32, 4, 1),
         Tiles((ANY, 64, 128), 64, 64, 4, 1),
-        Tiles((ANY, 128, 64), 64, 128, 8, 1),
-        Tiles((ANY, 128, 128), 64, 128, 8, 1),
+        Tiles((ANY, 128, 32), 64, 128, 4, 1),
+        Tiles((ANY, 128, 64), 128, 128, 8, 1),
     ),
     4: (Tiles((ANY, 32, 64), 32, 32, 4, 1),),
 }
@@ -58,8 +58,8 @@ QUERIES = {
     4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1),),
 }
 KEYS = {
-    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 2), Tiles((ANY, ANY, 256), 32, 64, 8, 2)),
-    4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1),),
+    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 2, True), Tiles((ANY, ANY, 256), 32, 64, 8, 2, True)),
+    4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1, True),),
 }
 BIAS = {2: (Tiles((ANY, ANY, 256), 32, 64, 4, 1),), 4: (Tiles((ANY, ANY, 256), 32, 64, 8, 1),)}
 RELATIVE_ROWS = 512  # of queries a program of relative_bias's gradient takes
@@ -242,7 +242,8 @@ def _run_backward(
             call.launch(
                 kernels.keys_kernel, call.batch * call.kv_heads, d_query, d_key, d_value, *by_row, stats, *upstream,
                 tiles=whole, BLOCK_Q=whole.queries, BLOCK_K=whole.keys, BY_ROW=call.by_row, WHOLE=True,
-                SHORTER=shorter
+                STEPS=None if call.packed or call.heads != call.kv_heads else triton.cdiv(call.len_q, whole.queries),
+                KEYS_FIRST=whole.keys_first, SHORTER=shorter
             )  # fmt: skip
             shorter = whole.keys
         if call.len_k > shorter:
@@ -260,7 +261,7 @@ def _run_backward(
                 call.launch(
                     kernels.keys_kernel, call.programs(call.len_k, tiles.keys) * call.kv_heads, None, d_key, d_value,
                     None, None, stats, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
-                    BY_ROW=call.by_row, WHOLE=False, SHORTER=shorter
+                    BY_ROW=call.by_row, WHOLE=False, STEPS=None, KEYS_FIRST=tiles.keys_first, SHORTER=shorter
                 )  # fmt: skip
         if need_bias or need_relative_bias:
             assert stats is not None

@@ -181,14 +181,15 @@ def _store_factors(d_temperature, d_scale, d_lse, number, keep, of_tau, of_scale
 def keys_kernel(
     d_query, d_key, d_value, d_temperature, d_scale, stats, d_out, d_lse, query, key, value, opt, n, stats_rows,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr,
-    SHORTER: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BY_ROW: tl.constexpr, WHOLE: tl.constexpr, STEPS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, SHORTER: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K keys of one key head, tiles keys × queries; d_key and d_value.
+    """One program: BLOCK_K keys of one key head; d_key and d_value. Tiles are keys × queries if KEYS_FIRST.
 
     WHOLE: those are all its sequence's keys, so that rows of scores are whole: their statistics come from here, d_query
     and what belongs to rows too. In a packed batch sequences of ≤ SHORTER keys are
-    another launch's."""
+    another launch's. STEPS: how many tiles of queries there are, where one head reads these keys."""
+    AXIS: tl.constexpr = 0 if KEYS_FIRST else 1  # of the keys
     kv_heads = n.heads // n.group
     if WHOLE:
         b = tl.program_id(0) // kv_heads
@@ -218,64 +219,83 @@ def keys_kernel(
     if not WHOLE:
         begin, end = rows_seeing(start, len_q, offset, n, BLOCK_K)
     tiles = tl.maximum(tl.cdiv(end - begin, BLOCK_Q), 0)
-    for step in range(0, tiles * n.group):
-        h = kv * n.group + step // tiles
-        first = begin + step % tiles * BLOCK_Q
+    steps = tiles * n.group if STEPS is None else STEPS
+    for step in range(0, steps):
+        h = kv
+        first = step * BLOCK_Q
+        if STEPS is None:
+            h = kv * n.group + step // tiles
+            first = begin + step % tiles * BLOCK_Q
         keep_q, number, tau, scale = _row(b, h, first, first_q, len_q, opt, n, BLOCK_Q)
         q = load(query, b, h, first_q + first, keep_q, DIM, BLOCK_D)
         do = load(d_out, b, h, first_q + first, keep_q, DIM_V, BLOCK_V)
-        rows = (first + tl.arange(0, BLOCK_Q))[None, :]
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        inside = keep_k[:, None] & keep_q[None, :]
-        z, visible, slope = scores(
-            products, rows, columns[:, None], inside, b, h, offset, scale[None, :], opt, n
-        )  # fmt: skip
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        rows = tl.expand_dims(first + tl.arange(0, BLOCK_Q), AXIS)
+        keys = tl.expand_dims(columns, 1 - AXIS)
+        inside = tl.expand_dims(keep_k, 1 - AXIS) & tl.expand_dims(keep_q, AXIS)
+        exponent = tl.expand_dims(1.0 / tau * LOG2E, AXIS)
+        if KEYS_FIRST:
+            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        else:
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        z, visible, slope = scores(products, rows, keys, inside, b, h, offset, tl.expand_dims(scale, AXIS), opt, n)
         if WHOLE:
-            top = tl.max(z, 0)
+            top = tl.max(z, AXIS)
             top = tl.where(top == -float("inf"), 0.0, top)
-            u = (z - top[None, :]) * (1.0 / tau * LOG2E)[None, :]
+            u = (z - tl.expand_dims(top, AXIS)) * exponent
             p = tl.exp2(u)
-            total = tl.sum(p, 0)
+            total = tl.sum(p, AXIS)
             share = 1.0 / tl.where(total == 0.0, 1.0, total)
-            p = p * share[None, :]
         else:
             top, share, delta = _load_stats(stats, number, keep_q, stats_rows)
-            u = _below_top((z - top[None, :]) * (1.0 / tau * LOG2E)[None, :])
-            p = tl.exp2(u) * share[None, :]
+            u = _below_top((z - tl.expand_dims(top, AXIS)) * exponent)
+            p = tl.exp2(u)
+        p = p * tl.expand_dims(share, AXIS)
         dropped = p
         if opt.seed is not None:
-            factor = tl.where(kept(number[None, :], columns[:, None], opt, n), n.keep_factor, 0.0)
+            factor = tl.where(kept(tl.expand_dims(number, AXIS), keys, opt, n), n.keep_factor, 0.0)
             dropped = p * factor
+        if d_value is not None:
+            weights = dropped.to(do.dtype)
+            if not KEYS_FIRST:
+                weights = tl.trans(weights)
+            dv = tl.dot(weights, do, dv, input_precision=PRECISION)
+        if KEYS_FIRST:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        else:
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if opt.seed is not None:
             dp = dp * factor
         dp = tl.where(visible, dp, 0.0)
-        if d_value is not None:
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
         if WHOLE:
-            delta = tl.sum(p * dp, 0)
+            delta = tl.sum(p * dp, AXIS)
             if stats is not None:
                 _store_stats(stats, number, keep_q, stats_rows, top, share, delta)
-        dp = dp - delta[None, :]
+        dp = dp - tl.expand_dims(delta, AXIS)
         if d_lse is not None:
-            dp += tl.load(d_lse + number, mask=keep_q, other=0.0)[None, :]
+            dp += tl.expand_dims(tl.load(d_lse + number, mask=keep_q, other=0.0), AXIS)
         du = tl.where(visible, p * dp, 0.0)
         dz = du
         if n.softcap is not None:
             dz = du * slope
         if WHOLE:
-            of_tau, of_scale = _row_sums(du, dz, u, products, 0)
+            of_tau, of_scale = _row_sums(du, dz, u, products, AXIS)
             _store_factors(d_temperature, d_scale, d_lse, number, keep_q, of_tau, of_scale, top, tau)
         if (opt.temperature is not None) | (opt.scale is not None):
-            dz = dz * (scale / tau)[None, :]
-        ds = dz.to(q.dtype)
+            dz = dz * tl.expand_dims(scale / tau, AXIS)
+        of_keys = dz.to(q.dtype)
+        of_queries = of_keys
+        if KEYS_FIRST:
+            of_queries = tl.trans(of_keys)
+        else:
+            of_keys = tl.trans(of_keys)
         if d_key is not None:
-            dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+            dk = tl.dot(of_keys, q, dk, input_precision=PRECISION)
         if WHOLE:
             if d_query is not None:
-                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+                dq = tl.dot(of_queries, k, input_precision=PRECISION)
                 if BY_ROW:
                     if is_nan(dq):
-                        dq = tl.dot(tl.trans(ds), cleaned(k)[0], input_precision=PRECISION)
+                        dq = tl.dot(of_queries, cleaned(k)[0], input_precision=PRECISION)
                 if (opt.temperature is None) & (opt.scale is None):
                     dq = dq * (n.scale / tl.maximum(n.temperature, TINY))
                 store(d_query, b, h, first_q + first, keep_q, dq, DIM, BLOCK_D)
@@ -422,8 +442,8 @@ def _d_bias_tile(
     v = load(value, b, h // n.group, first_k + first, keep_k, DIM_V, BLOCK_V)
     top, share, delta = _load_stats(stats, number, keep_q, stats_rows)
     du, _dz, _u, _products = _query_tile(
-        q, do, d_lse, delta, top, share, k, v, first, keep_k, number, b, h, start, len_q, len_k - len_q, tau, scale, opt,
-        n, BLOCK_Q, BLOCK_K, PRECISION
+        q, do, d_lse, delta, top, share, k, v, first, keep_k, number, b, h, start, len_q, len_k - len_q, tau, scale,
+        opt, n, BLOCK_Q, BLOCK_K, PRECISION
     )  # fmt: skip
     return du / tau[:, None]
 
