@@ -28,4 +28,3 @@ _RULES = (
 _OPERATORS = (None, None) if attention is None else (attention.forward, attention.backward)
 
 ATTENTION = Backend("triton", _RULES, *_OPERATORS)
-ATTENTION_VARLEN = Backend("triton", _RULES, *_OPERATORS)
