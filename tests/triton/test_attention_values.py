@@ -158,8 +158,6 @@ def test_options(name: str) -> None:
         ("all", 40, 20, torch.float16),  # one tile of keys, two of queries
         ("causal", 40, 50, torch.float32),  # several: the statistics are another kernel's
         ("window", 20, 70, torch.float32),
-        ("far", 40, 40, torch.float32),
-        ("strided", 10, 140, torch.float16),
         ("all", 10, 40, torch.float32),
     ],
 )
