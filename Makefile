@@ -6,7 +6,7 @@ BUILD := build
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-python test-cpp lint bench docs format clean
+.PHONY: demo test test-python test-cpp lint bench gpu-check docs format clean
 
 demo: $(VENV)/native
 	$(BIN)/embedkern demo $(ARGS)
@@ -37,6 +37,11 @@ format: $(VENV)/native
 
 bench: $(VENV)/native
 	$(BIN)/embedkern bench --out benchmarks/results $(ARGS)
+
+# With the Python, torch and nvcc that are there; needs no network.
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m embedkern.bench.gpu --out $(or $(OUT),gpu-check)
 
 docs: $(VENV)/native
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[docs]"

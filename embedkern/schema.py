@@ -352,9 +352,23 @@ def check_kernels(
 
 
 _library = torch.library.Library("embedkern", "DEF")  # the operators live as long as this object
+
+
+def _define(name: str, signature: str, fake: Callable[..., Any]) -> None:
+    _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"embedkern::{name}", fake, lib=_library)
+
+
 for _name, (_signature, _fake) in (OPERATORS | PYTHON_OPERATORS).items():
-    _library.define(_name + _signature, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"embedkern::{_name}", _fake, lib=_library)
+    _define(_name, _signature, _fake)
+
+
+def twin(name: str, backend: str, kernel: Callable[..., Any], device: str) -> Any:
+    """The operator `name`_`backend` of the same row, which runs a Python function: for backends that have no C++."""
+    _define(f"{name}_{backend}", *OPERATORS[name])
+    _library.impl(f"{name}_{backend}", kernel, device.upper())
+    return getattr(torch.ops.embedkern, f"{name}_{backend}").default
+
 
 OPS = torch.ops.embedkern
 

@@ -10,6 +10,10 @@ import torch
 from embedkern import _native
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-kernel", action="store_true", help="compile every Triton kernel: minutes")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)

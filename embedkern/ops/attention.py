@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends import native
+from ..backends import native, triton
 from ..dispatch import Backend
 from ..reference import attention as reference
 from . import common
 
-BACKENDS = (native.ATTENTION, Backend("reference"))
+BACKENDS = (triton.ATTENTION, native.ATTENTION, Backend("reference"))
 
 
 def attention(

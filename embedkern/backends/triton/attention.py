@@ -1,0 +1,323 @@
+"""Attention on Triton: which tiles a call gets, and its launches. Nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import schema
+from . import attention_kernels as kernels
+from .attention_tiles import Numbers, Options, View
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Tiles(NamedTuple):
+    """Up to so many queries, keys and head dims: tiles of `queries` × `keys`."""
+
+    up_to: tuple[int, int, int]
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    keys_first: bool = False  # tiles keys × queries, of backward
+
+
+ANY = 1 << 30
+# One tile of keys while they fit; beyond, a loop over 32 of them in three stages. What they compile to: docs/triton.md.
+FORWARD = {
+    2: (
+        Tiles((32, 32, 256), 32, 32, 2, 1),
+        Tiles((ANY, 32, 256), 64, 32, 4, 1),
+        Tiles((ANY, 64, 256), 64, 64, 4, 1),
+        Tiles((ANY, 128, 128), 64, 128, 4, 1),
+        Tiles((ANY, ANY, 256), 64, 32, 4, 3),
+    ),
+    4: (
+        Tiles((ANY, 32, 256), 32, 32, 4, 1),
+        Tiles((ANY, ANY, 256), 32, 32, 4, 2),
+    ),
+}
+# All keys of a sequence in one program: five products.
+WHOLE = {
+    2: (
+        Tiles((32, 32, 128), 32, 32, 2, 1),
+        Tiles((ANY, 64, 128), 64, 64, 4, 1),
+        Tiles((ANY, 128, 32), 64, 128, 4, 1),
+        Tiles((ANY, 128, 64), 128, 128, 8, 1),
+    ),
+    4: (Tiles((ANY, 32, 64), 32, 32, 4, 1),),
+}
+QUERIES = {
+    2: (Tiles((ANY, ANY, 128), 64, 64, 4, 2), Tiles((ANY, ANY, 256), 64, 32, 8, 2)),
+    4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1),),
+}
+KEYS = {
+    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 2, True), Tiles((ANY, ANY, 256), 32, 64, 8, 2, True)),
+    4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1, True),),
+}
+BIAS = {2: (Tiles((ANY, ANY, 256), 32, 64, 4, 1),), 4: (Tiles((ANY, ANY, 256), 32, 64, 8, 1),)}
+RELATIVE_ROWS = 512  # of queries a program of relative_bias's gradient takes
+RELATIVE_BLOCK = 32
+BIAS_PROGRAMS = 512  # enough for any GPU: a bias that is broadcast over more than its tiles is added up in parts
+
+
+def choose(table: dict[int, tuple[Tiles, ...]], call: _Call, queries: int, keys: int) -> Tiles | None:
+    """The first that fits."""
+    dim = max(call.dims)
+    for tiles in table[call.query.element_size()]:
+        if queries <= tiles.up_to[0] and keys <= tiles.up_to[1] and dim <= tiles.up_to[2]:
+            return tiles
+    return None
+
+
+def _view(x: Tensor, packed: bool) -> View:
+    """(B, H, L, D) or (T, H, D)."""
+    if packed:
+        row, head, column = x.stride()
+        return View(x, 0, head, row, column)
+    return View(x, *x.stride())
+
+
+def _broadcast(x: Tensor | None, shape: Sequence[int]) -> View | None:
+    return None if x is None else _view(x.expand(shape), len(shape) == 3)
+
+
+class _Call:
+    """What the launches of one call share."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_lengths: Tensor | None,
+        key_mask: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        relative_bias: Tensor | None,
+        temperature: Tensor | None,
+        temperature_number: float,
+        scale: Tensor | None,
+        scale_number: float,
+        causal: bool,
+        window_left: int,
+        window_right: int,
+        softcap: float,
+        dropout_p: float,
+        seed: Tensor | None,
+    ) -> None:
+        self.query, self.bias, self.relative_bias = query, bias, relative_bias
+        self.temperature, self.scale = temperature, scale
+        self.packed = packed = cu_seqlens_q is not None
+        if cu_seqlens_q is not None:
+            (self.len_q, self.heads), (self.len_k, self.kv_heads) = query.shape[:2], key.shape[:2]
+            self.batch = cu_seqlens_q.shape[0] - 1
+        else:
+            self.batch, self.heads, self.len_q = query.shape[:3]
+            self.kv_heads, self.len_k = key.shape[1:3]
+        scores = (self.batch, self.heads, self.len_q, self.len_k)
+        farthest = self.len_q + self.len_k  # of any two positions: a window that wide is none
+        left = None if not 0 <= window_left < farthest else window_left
+        right = None if not 0 <= window_right < farthest else window_right
+        self.by_row = (
+            causal or left is not None or right is not None or any(x is not None for x in (mask, bias, relative_bias))
+        )
+        self.dims = query.shape[-1], value.shape[-1]
+        self.inputs = tuple(_view(x, packed) for x in (query, key, value))
+        self.options = Options(
+            key_lengths,
+            None if key_mask is None else View(key_mask, key_mask.stride(0), 0, 0, key_mask.stride(1)),
+            cu_seqlens_q,
+            cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k,
+            _broadcast(mask, scores),
+            _broadcast(bias, scores),
+            None
+            if relative_bias is None
+            else View(relative_bias, 0, relative_bias.stride(0), 0, relative_bias.stride(1)),
+            _broadcast(temperature, (*query.shape[:-1], 1)),
+            _broadcast(scale, (*query.shape[:-1], 1)),
+            seed if dropout_p > 0 else None,
+        )
+        self.numbers = Numbers(
+            self.batch,
+            self.heads,
+            self.heads // max(self.kv_heads, 1),
+            self.len_q,
+            self.len_k,
+            temperature_number,
+            scale_number,
+            left,
+            0 if causal else right,
+            softcap or None,
+            int(dropout_p * 2**32) if dropout_p < 1 else 0,
+            1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
+            0 if relative_bias is None else relative_bias.shape[1] // 2,
+        )
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.constants: dict[str, Any] = {
+            "DIM": self.dims[0],
+            "DIM_V": self.dims[1],
+            "BLOCK_D": max(16, triton.next_power_of_2(self.dims[0])),
+            "BLOCK_V": max(16, triton.next_power_of_2(self.dims[1])),
+            "PRECISION": "tf32" if tf32 and query.dtype == torch.float32 else "ieee",
+        }
+
+    def programs(self, length: int, block: int) -> int:
+        """Tiles of a side, over all sequences: a bound on them where lengths are on the GPU."""
+        return length // block + self.batch if self.packed else triton.cdiv(length, block) * self.batch
+
+    def launch(self, kernel: Any, programs: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
+        options = {} if INTERPRETED else {"enable_fp_fusion": True}
+        kernel[(programs,)](
+            *arguments, **self.constants, **constants, num_warps=tiles.warps, num_stages=tiles.stages, **options
+        )
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = schema.OPERATORS["attention_forward"][1](query, key, value, *options)
+    call = _Call(query, key, value, *options)
+    if lse.numel() == 0 or call.batch == 0 or call.len_k == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
+    tiles = choose(FORWARD, call, *mean)
+    assert tiles is not None
+    one_tile = not call.packed and call.len_k <= tiles.keys
+    with _on(query.device):
+        call.launch(
+            kernels.forward_kernel,
+            call.programs(call.len_q, tiles.queries) * call.heads,
+            _view(out, call.packed), lse, *call.inputs, call.options, call.numbers,
+            tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row, ONE_TILE=one_tile
+        )  # fmt: skip
+    return out, lse
+
+
+def _run_backward(
+    d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    call = _Call(query, key, value, *options[:-7])
+    need_query, need_key, need_value, need_bias, need_relative_bias, need_temperature, need_scale = options[-7:]
+    gradients = schema.OPERATORS["attention_backward"][1](d_out, d_lse, query, key, value, *options)
+    if query.numel() == 0 or call.batch == 0 or call.len_k == 0:
+        return tuple(g.zero_() for g in gradients)
+    d_query, d_key, d_value = (
+        _view(g, call.packed) if need else None
+        for g, need in zip(gradients, (need_query, need_key, need_value), strict=False)
+    )
+    rows = query.shape[:-1].numel()
+    by_row = [
+        torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device) if need else None
+        for need in (need_temperature, need_scale)
+    ]
+    d_lse = None if d_lse is None else d_lse.float().contiguous()
+    upstream = _view(d_out, call.packed), d_lse, *call.inputs, call.options, call.numbers, rows
+    mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
+    shorter = -1
+    stats = None
+    with _on(query.device):
+        if need_bias or need_relative_bias:
+            stats = query.new_empty((3, rows), dtype=torch.float32)
+        for whole in _whole(call, mean):
+            call.launch(
+                kernels.keys_kernel, call.batch * call.kv_heads, d_query, d_key, d_value, *by_row, stats, *upstream,
+                tiles=whole, BLOCK_Q=whole.queries, BLOCK_K=whole.keys, BY_ROW=call.by_row, WHOLE=True,
+                STEPS=None if call.packed or call.heads != call.kv_heads else triton.cdiv(call.len_q, whole.queries),
+                KEYS_FIRST=whole.keys_first, SHORTER=shorter
+            )  # fmt: skip
+            shorter = whole.keys
+        if call.len_k > shorter:
+            if stats is None:
+                stats = query.new_empty((3, rows), dtype=torch.float32)
+            tiles = choose(QUERIES, call, *mean)
+            assert tiles is not None
+            call.launch(
+                kernels.queries_kernel, call.programs(call.len_q, tiles.queries) * call.heads, d_query, *by_row, stats,
+                *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row, SHORTER=shorter
+            )  # fmt: skip
+            if need_key or need_value:
+                tiles = choose(KEYS, call, *mean)
+                assert tiles is not None
+                call.launch(
+                    kernels.keys_kernel, call.programs(call.len_k, tiles.keys) * call.kv_heads, None, d_key, d_value,
+                    None, None, stats, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
+                    BY_ROW=call.by_row, WHOLE=False, STEPS=None, KEYS_FIRST=tiles.keys_first, SHORTER=shorter
+                )  # fmt: skip
+        if need_bias or need_relative_bias:
+            assert stats is not None
+            if need_bias:
+                _d_bias(call, gradients[3], stats, upstream)
+            if need_relative_bias:
+                _d_relative_bias(call, gradients[4], stats, upstream)
+    for gradient, of_rows in zip(gradients[5:], by_row, strict=True):
+        if of_rows is not None:
+            gradient.copy_(of_rows[..., None].sum_to_size(gradient.shape))
+    return gradients
+
+
+def _whole(call: _Call, mean: tuple[int, int]) -> list[Tiles]:
+    """Launches for sequences whose keys fit one tile, shortest first. In a packed batch each takes its own."""
+    if not call.packed:
+        tiles = choose(WHOLE, call, call.len_q, call.len_k)
+        return [] if tiles is None else [tiles]
+    found = [choose(WHOLE, call, mean[0], keys) for keys in (32, 64, 128)]
+    return [tiles for tiles in found if tiles is not None]
+
+
+def _d_bias(call: _Call, d_bias: Tensor, stats: Tensor, upstream: tuple[Any, ...]) -> None:
+    (tiles,) = BIAS[call.query.element_size()]
+    sizes = (*(1,) * (4 - d_bias.ndim), *d_bias.shape)
+    own_q = 1 if sizes[2] == 1 else triton.cdiv(call.len_q, tiles.queries)
+    own_k = 1 if sizes[3] == 1 else triton.cdiv(call.len_k, tiles.keys)
+    own = sizes[0] * sizes[1] * own_q * own_k
+    every = (
+        call.batch * call.heads * triton.cdiv(call.len_q, tiles.queries) * triton.cdiv(call.len_k, tiles.keys)
+    )  # fmt: skip
+    parts = min(every // own, triton.cdiv(BIAS_PROGRAMS, own))
+    sums = d_bias.view(1, *sizes) if parts == 1 else d_bias.new_empty((parts, *sizes))
+    call.launch(
+        kernels.bias_kernel, own * parts, sums, stats, *upstream, parts, sizes, tiles=tiles,
+        BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, OVER_Q=sizes[2] == 1, OVER_K=sizes[3] == 1
+    )  # fmt: skip
+    if parts > 1:
+        torch.sum(sums, 0, out=d_bias.view(sizes))
+
+
+def _d_relative_bias(call: _Call, d_relative_bias: Tensor, stats: Tensor, upstream: tuple[Any, ...]) -> None:
+    (tiles,) = BIAS[call.query.element_size()]
+    reach = d_relative_bias.shape[1] // 2
+    blocks = 2 + triton.cdiv(max(2 * reach - 1, 0), RELATIVE_BLOCK)
+    positions = call.programs(call.len_q, RELATIVE_ROWS)
+    sums = d_relative_bias.new_zeros((positions, *d_relative_bias.shape))
+    call.launch(
+        kernels.relative_bias_kernel, positions * call.heads * blocks, sums, stats, *upstream, tiles=tiles,
+        BLOCK=RELATIVE_BLOCK, ROWS=RELATIVE_ROWS
+    )  # fmt: skip
+    torch.sum(sums, 0, out=d_relative_bias)
+
+
+_DEVICE = "cpu" if INTERPRETED else "cuda"
+_FORWARD = schema.twin("attention_forward", "triton", _run_forward, _DEVICE)
+_BACKWARD = schema.twin("attention_backward", "triton", _run_backward, _DEVICE)
+
+
+def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Launches at once: an operator implemented in Python costs ~60 µs more. Traced, it is the operator."""
+    traced = torch.compiler.is_compiling() or type(query) is not Tensor
+    return _FORWARD(query, *arguments) if traced else _run_forward(query, *arguments)
+
+
+def backward(d_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    traced = torch.compiler.is_compiling() or type(d_out) is not Tensor
+    return _BACKWARD(d_out, *arguments) if traced else _run_backward(d_out, *arguments)

@@ -1,0 +1,165 @@
+"""What has to be seen on a GPU: the test suite, `embedkern verify` and attention's speed. `make gpu-check OUT=dir`.
+
+No network, under ten minutes. Writes gpu.log (all that is printed), gpu.json (each step's exit status), attention.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..ops.attention import attention
+from .harness import Row
+
+TOKENS, HEADS = 65536, 12
+SECONDS = {"tests": 330, "verify": 60, "attention": 150}
+
+
+def _milliseconds(candidates: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+    """The median of interleaved runs, on the GPU's own clock; each run starts with a cold L2."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(3 + rounds):
+        for name, run in candidates.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            if i >= 3:
+                times[name].append(start.elapsed_time(end))
+    return {name: sorted(x)[len(x) // 2] for name, x in times.items()}
+
+
+def _peers() -> dict[str, Callable[..., Tensor]]:
+    """Each of SDPA's backends, and FlashAttention where it is installed; all take and give (B, H, L, D)."""
+
+    def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return run
+
+    backends = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    peers = {f"SDPA {name}": sdpa(getattr(SDPBackend, name)) for name in backends}
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        print("flash-attn isn't installed: not compared")
+    else:
+        peers["flash-attn"] = lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return peers
+
+
+def _runs(name: str, step: Callable[[], object]) -> bool:
+    try:
+        step()
+    except Exception as error:  # whatever a peer's reason is, it is printed
+        print(f"{name}: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def rows() -> Iterator[Row]:
+    """Forward, and forward + backward, of whole batches in bfloat16 against every peer that runs them."""
+    peers = _peers()
+    for dim in (32, 64, 128):
+        for length in (32, 64, 128, 256, 512):
+            q, k, v, upstream = (
+                torch.randn(TOKENS // length, length, HEADS, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+                for _ in range(4)
+            )
+            for x in (q, k, v):
+                x.requires_grad_()
+            work = f"{TOKENS} tokens H={HEADS} D={dim} L={length} bfloat16"
+            passes = {
+                "forward": torch.no_grad()(lambda f: f(q, k, v)),  # noqa: B023
+                "forward + backward": lambda f: torch.autograd.grad(f(q, k, v), (q, k, v), upstream),  # noqa: B023
+            }
+            both = passes["forward + backward"]
+            able = {name: f for name, f in peers.items() if _runs(f"{name}, {work}", lambda f=f: both(f))}  # type: ignore[misc]  # noqa: B023
+            functions: dict[str, Callable[..., Any]] = {"ours": attention, **able}
+            for what, run in passes.items():
+                times = _milliseconds({name: lambda f=f, run=run: run(f) for name, f in functions.items()})  # type: ignore[misc]
+                for name in functions:
+                    if name != "ours":
+                        ratio = times[name] / times["ours"]
+                        yield Row("attention-gpu", f"{what}, {work}", name, times["ours"], times[name], ratio, "≥ 1")
+
+
+def measure(out: Path) -> None:
+    print(f"attention runs on {_backend()}")
+    with (out / "attention.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(field.name for field in fields(Row)), "device", "torch"])
+        for row in rows():
+            writer.writerow([*asdict(row).values(), torch.cuda.get_device_name(), torch.__version__])
+            file.flush()
+            print(f"{row.work}: {row.ours:.4g} ms, {row.against} {row.peer:.4g} ms, ratio {row.ratio:.2f}", flush=True)
+
+
+def _backend() -> str:
+    from ..ops.explain import explain
+
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    return explain("attention", x, x, x).choice
+
+
+def check(out: Path) -> int:
+    """Runs every step, whatever the others gave; 0 if all passed."""
+    commands = {
+        "tests": [sys.executable, "-m", "pytest", "tests", "-q", "--durations=10"],
+        "verify": [sys.executable, "-c", "from embedkern.cli import main; raise SystemExit(main(['verify']))"],
+        "attention": [sys.executable, "-m", "embedkern.bench.gpu", "--measure", "--out", str(out)],
+    }
+    steps: dict[str, dict[str, Any]] = {}
+    with (out / "gpu.log").open("w") as log:
+        for name, command in commands.items():
+            begin = time.perf_counter()
+            try:
+                done = subprocess.run(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS[name]
+                )
+                status, printed = done.returncode, done.stdout
+            except subprocess.TimeoutExpired as error:
+                status, printed = -1, (error.stdout or b"").decode() + f"\nstopped after {SECONDS[name]} s\n"
+            steps[name] = {"status": status, "seconds": round(time.perf_counter() - begin, 1)}
+            log.write(f"== {name}: {steps[name]}\n{printed}\n")
+            print(f"{name}: exit status {status}, {steps[name]['seconds']} s", flush=True)
+    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    (out / "gpu.json").write_text(json.dumps({**versions, "steps": steps}, indent=2) + "\n")
+    return int(any(step["status"] for step in steps.values()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the log, the JSON and the CSV")
+    parser.add_argument("--measure", action="store_true", help="only the benchmark")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU that torch can use: nothing was checked")
+        return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.measure:
+        measure(arguments.out)
+        return 0
+    return check(arguments.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

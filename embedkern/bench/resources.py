@@ -1,0 +1,172 @@
+"""What the Triton kernels compile to, without a GPU: registers, shared memory, spills, wgmma of every launch of a call.
+
+`python -m embedkern.bench.resources` prints the table of docs/triton.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ..backends.triton import attention
+
+ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have; an SM has 1 KiB more for each block
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of an SM
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constants, num_warps, num_stages
+
+    @property
+    def name(self) -> str:
+        of = {"keys_kernel": "whole" if self.options.get("WHOLE") else "keys"}
+        return of.get(self.kernel.__name__, self.kernel.__name__.removesuffix("_kernel"))
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        block = self.options.get("BLOCK", 0)
+        return self.options.get("BLOCK_Q", block), self.options.get("BLOCK_K", 2 * block)
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int  # bytes of local memory a thread: spills
+    shared: int
+    blocks: int  # on an SM at once
+    wgmma: int
+    waits: int  # for wgmma: as many as there are means one after another
+
+    @property
+    def serialised(self) -> bool:
+        return self.wgmma > 0 and self.waits >= 0.8 * self.wgmma
+
+
+def launches(
+    lengths: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    packed: bool = False,
+    heads: tuple[int, int] = (12, 12),
+    batch: int = 64,
+    needs: tuple[bool, ...] = (True, True, True, False, False, False, False),
+    **options: Any,
+) -> list[Launch]:
+    """What forward and backward of a call launch. options: the operator's, tensors on the device "meta"."""
+    defaults: dict[str, Any] = dict.fromkeys(
+        ("key_lengths", "key_mask", "cu_seqlens_q", "cu_seqlens_k", "mask", "bias", "relative_bias", "temperature")
+    )
+    defaults |= {"temperature_number": 1.0, "scale": None, "scale_number": 0.125, "causal": False, "window_left": -1}
+    defaults |= {"window_right": -1, "softcap": 0.0, "dropout_p": 0.0, "seed": None}
+    shapes = ((lengths[0], heads[0], dims[0]), (lengths[1], heads[1], dims[0]), (lengths[1], heads[1], dims[1]))
+    q, k, v = (torch.empty(batch, *shape, dtype=dtype, device="meta").transpose(1, 2) for shape in shapes)
+    if packed:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        defaults["cu_seqlens_q"] = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+    found: list[Launch] = []
+
+    def record(self: Any, kernel: Any, programs: int, *arguments: Any, tiles: Any, **constants: Any) -> None:
+        stages = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+        found.append(Launch(kernel, arguments, {**self.constants, **constants, **stages}))
+
+    usual, attention._Call.launch = attention._Call.launch, record  # type: ignore[method-assign]
+    try:
+        arguments = (q, k, v, *(defaults | options).values())
+        out, lse = attention._run_forward(*arguments)
+        attention._run_backward(out, lse if options.get("d_lse") else None, *arguments, *needs)
+    finally:
+        attention._Call.launch = usual  # type: ignore[method-assign]
+    return found
+
+
+class _Driver:
+    """Stands for a GPU of an architecture, so that the launcher's own code specializes arguments and compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """The compiled kernel (`asm`, `metadata`), as the launcher would make it."""
+    driver = triton.runtime.driver
+    usual = driver._active
+    driver.set_active(_Driver(architecture))
+    try:
+        return launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.options)
+    finally:
+        driver._active = usual
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def resources(launch: Launch, architecture: int) -> Resources:
+    compiled = compile_launch(launch, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("cuobjdump", "-sass", file.name)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))  # type: ignore[union-attr]
+    warps, shared = launch.options["num_warps"], compiled.metadata.shared
+    blocks = min(
+        REGISTERS // (-(-registers // 8) * 8 * 32 * warps), WARPS // warps, BLOCKS,
+        (SHARED[architecture] + 1024) // (shared + 1024)
+    )  # fmt: skip
+    spilled = bool(re.search(r"\b(LDL|STL)\b", code))
+    return Resources(
+        registers, max(stack, int(spilled)), shared, blocks, len(re.findall(r"\bHGMMA", code)),
+        len(re.findall(r"WARPGROUP\.DEPBAR", code))
+    )  # fmt: skip
+
+
+def table() -> Iterator[tuple[str, Launch, int, Resources]]:
+    """Each launch of bf16 attention over whole batches, for sm_90 and where it differs sm_80."""
+    for dim in (32, 64, 128):
+        for length in (32, 64, 128, 512):
+            for launch in launches((length, length), (dim, dim)):
+                for architecture in (90, 80):
+                    yield f"L={length} D={dim}", launch, architecture, resources(launch, architecture)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    print("| call | kernel | tile q×k | warps, stages | sm | registers | shared | blocks/SM | local | wgmma |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for call, launch, architecture, r in table():
+        tile = "×".join(map(str, launch.tiles))
+        options = f"{launch.options['num_warps']}, {launch.options['num_stages']}"
+        wgmma = f"{r.wgmma}{' serialised' if r.serialised else ''}"
+        print(
+            f"| {call} | {launch.name} | {tile} | {options} | {architecture} | {r.registers} | {r.shared} "
+            f"| {r.blocks} | {r.stack} | {wgmma} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

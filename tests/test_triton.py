@@ -1,0 +1,104 @@
+"""Attention's Triton kernels without a GPU: their values in the interpreter, and what they compile to.
+
+`pytest tests/test_triton.py --every-kernel` compiles what the dispatcher can pick, for each architecture and dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from embedkern.bench import resources
+from embedkern.bench.resources import Launch, launches
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
+def test_values_in_the_interpreter() -> None:
+    folder = Path(__file__).parent / "triton"
+    command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def every_option(length: int) -> dict[str, Any]:
+    return {
+        "key_lengths": meta(64, dtype=torch.int64), "key_mask": meta(64, length, dtype=torch.bool),
+        "mask": meta(64, 1, length, length, dtype=torch.bool), "bias": meta(1, 12, length, length),
+        "relative_bias": meta(12, 65), "temperature": meta(12, 1, 1), "scale": meta(), "causal": True,
+        "window_left": 20, "softcap": 30.0, "dropout_p": 0.1, "seed": meta(dtype=torch.int64), "needs": (True,) * 7,
+    }  # fmt: skip
+
+
+def assert_sound(launch: Launch, architecture: int, spills: bool = False) -> resources.Resources:
+    """It fits the device; without `spills` nothing is in local memory; wgmma where tiles have 64 rows, overlapping."""
+    got = resources.resources(launch, architecture)
+    what = f"{launch.name} {launch.tiles} for sm_{architecture}: {got}"
+    assert got.blocks >= 1, what
+    assert got.shared <= resources.SHARED[architecture], what
+    assert spills or got.stack == 0, what
+    assert not got.serialised, what
+    return got
+
+
+CASES = [  # length, D, architecture
+    (32, 32, 90), (128, 32, 90), (64, 64, 90), (512, 64, 90), (64, 64, 80), (64, 64, 100)
+]  # fmt: skip
+BLOCKS = {  # on an SM: three registers more may cost one
+    (32, 32): (16, 12), (128, 32): (4, 2), (64, 64): (6, 3), (512, 64): (5, 3, 3)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "dim", "architecture"), CASES)
+def test_no_spills_and_enough_blocks(length: int, dim: int, architecture: int) -> None:
+    found = launches((length, length), (dim, dim))
+    assert [launch.name for launch in found] == (
+        ["forward", "whole"] if length <= 128 else ["forward", "queries", "keys"]
+    )
+    for launch, blocks in zip(found, BLOCKS[length, dim], strict=True):
+        got = assert_sound(launch, architecture)
+        if architecture == 90:
+            assert got.blocks >= blocks, f"{launch.name}: {got}"
+            assert (got.wgmma > 0) == (length > 32), f"{launch.name}: {got}"
+
+
+def test_every_option_compiles() -> None:
+    """With all options at once registers run out: local memory is allowed."""
+    for launch in launches((64, 64), (32, 32), **every_option(64)):
+        assert_sound(launch, 90, spills=True)
+
+
+def test_packed_batches_compile() -> None:
+    options = {"relative_bias": meta(12, 65), "temperature": meta(12, 1)}
+    options |= {"needs": (True, True, True, False, True, True, False)}
+    found = launches((40, 40), (32, 32), packed=True, heads=(12, 4), **options)
+    names = [launch.name for launch in found]
+    assert names == ["forward", "whole", "whole", "whole", "queries", "keys", "relative_bias"]
+    for launch in (found[0], found[1], found[5]):
+        assert_sound(launch, 90, spills=True)
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("dim", [8, 32, 64, 128, 256])
+def test_every_kernel(request: pytest.FixtureRequest, dim: int, dtype: torch.dtype, architecture: int) -> None:
+    if not request.config.getoption("--every-kernel"):
+        pytest.skip("minutes: --every-kernel")
+    for length in (16, 32, 64, 128, 512):
+        for launch in launches((length, length), (dim, dim), dtype):
+            assert_sound(launch, architecture, spills=dtype == FP32 or dim > 128)
+    for launch in launches((64, 64), (dim, dim), dtype, packed=True, heads=(12, 4)):
+        assert_sound(launch, architecture, spills=True)
