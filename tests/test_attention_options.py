@@ -206,6 +206,7 @@ def test_rows_that_see_nothing(variant: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_options(data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
     batch, kv_heads, group = (data.draw(st.integers(1, 3)) for _ in range(3))
     heads, len_q, len_k = kv_heads * group, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 70))
 
@@ -229,6 +230,7 @@ def test_any_options(data: st.DataObject) -> None:
         window=sometimes(lambda: (data.draw(st.integers(-1, 9)), data.draw(st.integers(-1, 9)))),
         softcap=sometimes(lambda: 2.0),
         dropout_p=data.draw(st.sampled_from([0.0, 0.25])),
+        tolerance=2e-6,
     )
 
 
