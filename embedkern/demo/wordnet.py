@@ -58,6 +58,7 @@ def find(given: Path | None, cache: Path) -> Path:
     if cached is not None:
         return cached
     failures = []
+    cache.parent.mkdir(parents=True, exist_ok=True)
     for name, download in SOURCES.items():
         with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
             failure = _failure(download, Path(scratch))
