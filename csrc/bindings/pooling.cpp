@@ -121,6 +121,7 @@ Tensor backward(Tensor d_out, Tensor pooled, Tensor argmax, std::vector<int64_t>
   Pooling p(shape, lengths, mask, cu_seqlens, skip, spans, std::move(modes), out_channels, normalize, eps);
   p.find_chunks();
   const ek::PoolGradients gradients(p, shape, d_out, pooled, argmax);
+  ek::prefer_huge_pages(gradients.d_hidden);
 
   const ek::PoolingKernels& kernels = ek::variant().pooling;
   ek::for_tasks(p.segments, p.segments * out_channels, 0, [&](int64_t s, float*) { kernels.d_pooled(p, s); });

@@ -118,8 +118,14 @@ inline void adjust_backward(const AttentionParams& p, Row row, int64_t m, const 
     }
     if (p.d_relative_bias) {
       double* to = p.d_relative_bias + (slot * p.heads + row.h) * (2 * p.reach + 1) + p.reach;
-      const int64_t distance = key - position(row);
-      for (int64_t j = 0; j < n; j++) to[most(-p.reach, least(p.reach, distance + j))] += d[j];
+      const int64_t distance = key - position(row);  // of column 0
+      const int64_t low = most(0, least(n, -p.reach - distance)), high = most(low, least(n, p.reach + 1 - distance));
+      double left = 0, right = 0;
+      for (int64_t j = 0; j < low; j++) left += d[j];
+      for (int64_t j = low; j < high; j++) to[distance + j] += d[j];
+      for (int64_t j = high; j < n; j++) right += d[j];
+      to[-p.reach] += left;
+      to[p.reach] += right;
     }
     if (p.d_temperature.data) {
       Vec total{};

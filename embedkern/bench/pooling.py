@@ -69,7 +69,6 @@ def _latents() -> Iterator[Row]:
 
 
 def rows() -> Iterator[Row]:
-    yield from _latents()
     for keeps_memory in (False, True):
         if keeps_memory:
             keep_freed_memory()
@@ -98,3 +97,4 @@ def rows() -> Iterator[Row]:
             ragged_mask = torch.arange(LENGTH) < lengths[:, None]
             peer = _step(lambda h, m=ragged_mask: _masked(h, m), hidden, upstream)  # type: ignore[misc]
             yield versus("pooling", work + ", lengths 128–256", ragged, peer, "torch: expanded mask", "≥ 1.9")
+    yield from _latents()
