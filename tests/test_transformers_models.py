@@ -1,5 +1,9 @@
 """patch on the families beyond BERT's relatives, against transformers' own attention."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 
@@ -7,7 +11,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 from transformers_cases import LENGTHS, assert_same_gradients, batch, gradients, tokens_computed  # noqa: E402
 
-from embedkern.transformers import patch, patched, unpatch  # noqa: E402
+from embedkern.transformers import interface, patch, patched, unpatch  # noqa: E402
 
 # As many positions as the longest sequence needs, fewer than a packed batch has tokens.
 COMMON = {
@@ -35,6 +39,7 @@ T5 = {
     "initializer_factor": 4.0,
 }
 T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}
+GEMMA3 = COMMON | GROUPED | MIXED | {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8}
 ENCODERS = {
     "ModernBertModel": COMMON | SPECIAL | MIXED | {"local_attention": 4},
     "NomicBertModel": COMMON | {"head_dim": 8},
@@ -51,7 +56,7 @@ DECODERS = {
     "MistralModel": COMMON | GROUPED | {"sliding_window": 3},
     "Qwen2Model": COMMON | GROUPED | MIXED | {"use_sliding_window": True, "sliding_window": 3},
     "Qwen3Model": COMMON | GROUPED | {"head_dim": 8},
-    "Gemma3TextModel": COMMON | GROUPED | MIXED | {"head_dim": 8, "sliding_window": 3, "query_pre_attn_scalar": 8},
+    "Gemma3TextModel": GEMMA3,
     "Phi3Model": COMMON | GROUPED | {"sliding_window": 3},
 }
 # Their rotary embeddings, norms or eager softmax compute in float32, whatever the model's dtype. Eager's mask, the
@@ -84,11 +89,11 @@ def outcome(model, inputs, weight):
     return states, gradients(model, sum((h * weight).sum() for h in states))
 
 
-@pytest.mark.parametrize("bidirectional", [None, True])
-@pytest.mark.parametrize("name", [*ENCODERS, *DECODERS])
+CASES = [(name, None) for name in (*ENCODERS, *DECODERS)] + [(name, True) for name in DECODERS]
+
+
+@pytest.mark.parametrize(("name", "bidirectional"), CASES)
 def test_hidden_states_and_gradients_equal_eager(name, bidirectional):
-    if bidirectional and name not in DECODERS:
-        pytest.skip("an encoder is bidirectional already")
     model = make(name)
     model.pooler = None
     for side in ("right", "left"):
@@ -128,3 +133,230 @@ def test_unpatch_restores_everything(name):
     assert vars(model.config) == config
     assert list(model.state_dict()) == state
     assert torch.equal(model(**inputs).last_hidden_state, wanted)
+
+
+def test_embedding_gemma(monkeypatch):
+    """config.use_bidirectional_attention, by mask functions of Gemma's own: packed calls form no mask all the same."""
+    model = make("Gemma3TextModel", use_bidirectional_attention=True, sliding_window=4)
+    inputs = batch(model)
+    real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).last_hidden_state
+    calls = spy(monkeypatch, "attention_varlen")
+    with patched(model):
+        got = model(**inputs).last_hidden_state
+    assert [call.get("window") for call in calls] == [(2, 2), None]
+    assert not any(call.get("causal") for call in calls)
+    torch.testing.assert_close(got[real], wanted[real], rtol=2e-5, atol=2e-5)
+    with patched(model, unpad=False):
+        torch.testing.assert_close(model(**inputs).last_hidden_state[real], wanted[real], rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="use_bidirectional_attention"):
+        patch(model, bidirectional=False)
+
+
+def spy(monkeypatch, name):
+    calls, original = [], getattr(interface, name)
+    monkeypatch.setattr(interface, name, lambda *a, **k: (calls.append(k), original(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ModernBertModel", [{"window": (2, 2)}, {"window": None}]),
+        ("LlamaModel", [{"causal": True, "window": None}] * 2),
+        ("MistralModel", [{"causal": True, "window": (2, 0)}] * 2),
+        ("Qwen2Model", [{"causal": True, "window": (2, 0)}, {"causal": True, "window": None}]),
+        ("CLIPTextModel", [{"causal": True}] * 2),
+        ("T5EncoderModel", [{"relative_bias": (4, 13)}] * 2),
+        ("UMT5EncoderModel", [{"relative_bias": (4, 13)}] * 2),
+        ("MPNetModel", [{"relative_bias": (4, 257)}] * 2),
+    ],
+)
+def test_no_mask_or_bias_is_formed(name, options, unpad, monkeypatch):
+    model = make(name)
+    calls = spy(monkeypatch, "attention_varlen" if unpad else "attention")
+    inputs = batch(model)
+    patch(model, unpad=unpad)(**inputs)
+    assert len(calls) == len(options)
+    for call, wanted in zip(calls, options, strict=True):
+        assert call.get("mask") is None
+        assert call.get("bias") is None
+        assert {key: tuple(call[key].shape) if key == "relative_bias" else call.get(key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("name", ["ModernBertModel", "T5EncoderModel", "MPNetModel", "LlamaModel", "MistralModel"])
+def test_holes_in_the_mask(name):
+    model = make(name)
+    model.pooler = None
+    inputs = batch(model)
+    inputs["attention_mask"] = torch.tensor([[1, 0, 1, 1, 0, 0, 1, 0, 1]] * 4)
+    real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).last_hidden_state
+    patch(model)
+    if name == "LlamaModel":  # its positions travel with the tokens
+        assert tokens_computed(model, inputs) == (1, 20)
+    else:
+        with pytest.warns(UserWarning, match="holes"):
+            assert tokens_computed(model, inputs) == (4, 9)
+    torch.testing.assert_close(model(**inputs).last_hidden_state[real], wanted[real], **tolerance(name))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["ModernBertModel", "T5EncoderModel", "CLIPTextModel", "MistralModel"])
+def test_checkpointing_replays_dropout(name, reentrant):
+    dropout = {"T5EncoderModel": "dropout_rate"}.get(name, "attention_dropout")
+    model = patch(make(name, **{dropout: 0.3}))
+    inputs = batch(model)
+    weight = torch.randn(4, 9, model.config.hidden_size, dtype=torch.float64) * inputs["attention_mask"][..., None]
+    model.train()
+
+    def step(seed):
+        torch.manual_seed(seed)
+        return gradients(model, (model(**inputs).last_hidden_state * weight).sum())
+
+    wanted, other = step(0), step(1)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_gradients(step(0), wanted)
+    assert any((other[key] - wanted[key]).abs().max() > 1e-3 for key in wanted)
+
+
+@pytest.mark.parametrize("name", ["T5EncoderModel", "UMT5EncoderModel", "MPNetModel", "SiglipTextModel"])
+def test_replaced_methods(name):
+    """Copies run their own weights, another implementation runs its own methods, and the signature stays."""
+    model = make(name)
+    inputs = batch(model, "left" if name == "SiglipTextModel" else "right")
+    real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).last_hidden_state.detach()
+    signature = inspect.signature(model.forward)
+    patch(model)
+    assert inspect.signature(model.forward) == signature
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    torch.testing.assert_close(model(**inputs).last_hidden_state[real], wanted[real], **tolerance(name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(other(**inputs).last_hidden_state[real], wanted[real], **tolerance(name))
+    assert tokens_computed(other, inputs) == (1, sum(LENGTHS))
+    unpatch(other)
+    assert not any("forward" in vars(module) or "compute_bias" in vars(module) for module in other.modules())
+
+
+def test_packed_input_of_your_own():
+    """cu_seq_lens_q to models whose forward doesn't hand it down."""
+    for name, offset in (("MPNetModel", 2), ("SiglipTextModel", 0)):
+        model = make(name)
+        inputs = batch(model, "left")
+        real = inputs["attention_mask"].bool()
+        wanted = [model(row[keep][None])[0][0] for row, keep in zip(inputs["input_ids"], real, strict=True)]
+        packed = {
+            "input_ids": inputs["input_ids"][real][None],
+            "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None] + offset,
+            "cu_seq_lens_q": torch.tensor([0, *LENGTHS]).cumsum(0),
+        }
+        for unpad in (True, False):
+            with patched(model, unpad=unpad):
+                got = model(**packed).last_hidden_state[0]
+            torch.testing.assert_close(got, torch.cat(wanted), **tolerance(name))
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 16, "patch_size": 4, "initializer_range": 0.3}
+
+
+@pytest.mark.parametrize("name", ["ViT", "CLIP", "Siglip"])
+def test_images(name, monkeypatch):
+    torch.manual_seed(0)
+    if name == "ViT":
+        config = transformers.ViTConfig(**VISION)
+    else:
+        text = {"CLIP": ENCODERS["CLIPTextModel"], "Siglip": ENCODERS["SiglipTextModel"]}[name]
+        config = getattr(transformers, name + "Config")(text_config=text, vision_config=VISION, projection_dim=16)
+    model = getattr(transformers, name + "Model")._from_config(config, attn_implementation="eager").double().eval()
+    inputs = {"pixel_values": torch.randn(4, 3, 16, 16, dtype=torch.float64)}
+    if name != "ViT":
+        model.config.pad_token_id = 0
+        inputs |= batch(model, "left" if name == "Siglip" else "right")
+
+    def loss():
+        out = model(**inputs)
+        return out.logits_per_image.square().mean() if name != "ViT" else out.last_hidden_state.square().mean()
+
+    wanted = gradients(model, loss())
+    calls = spy(monkeypatch, "attention")
+    packed = spy(monkeypatch, "attention_varlen")
+    with patched(model):
+        got = gradients(model, loss())
+    assert (len(calls), len(packed)) == (2, 0 if name == "ViT" else 2)
+    scale = max(g.abs().max().item() for g in wanted.values())
+    assert_same_gradients(got, wanted, 2e-5, 2e-6 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForSequenceClassification"])
+def test_decoder_heads(name):
+    torch.manual_seed(0)
+    base = name.split("For")[0] + "Model"
+    model_class = getattr(transformers, name)
+    model = model_class._from_config(model_class.config_class(**DECODERS[base]), attn_implementation="sdpa")
+    model = model.double().eval()
+    for side in ("right", "left"):
+        inputs = batch(model, side)
+        real = inputs["attention_mask"].bool()
+        wanted = model(**inputs).logits
+        with patched(model):
+            assert tokens_computed(model, inputs) == (1, sum(LENGTHS))
+            got = model(**inputs).logits
+            with pytest.warns(UserWarning, match="use_cache runs padded"):
+                assert model(**inputs, use_cache=True).past_key_values.get_seq_length() == 9
+        at = real if got.ndim == 3 else ...
+        torch.testing.assert_close(got[at], wanted[at], rtol=2e-5, atol=2e-5)
+
+
+def test_generation_with_a_patched_decoder():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DECODERS["LlamaModel"])
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    inputs = batch(model, "left", lengths=(3, 5))
+    wanted = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with patched(model), pytest.warns(UserWarning, match="runs padded"):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), wanted)
+
+
+def test_compiled_model():
+    model = make("ModernBertModel", torch.float32)
+    inputs = batch(model)
+    real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).last_hidden_state
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    compiled(**inputs)
+    with patched(compiled):
+        got = compiled(**inputs).last_hidden_state
+        assert tokens_computed(model, inputs) == (1, sum(LENGTHS))
+    torch.testing.assert_close(got[real], wanted[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled(**inputs).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "ModernBertModel"])
+def test_compiles_as_one_graph(name):
+    model = make(name, torch.float32)
+    model.set_attn_implementation("embedkern")
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    for lengths in (LENGTHS, (3, 6, 2)):
+        inputs = batch(model, lengths=lengths)
+        wanted = model(**inputs, use_cache=False).last_hidden_state
+        torch.testing.assert_close(compiled(**inputs, use_cache=False).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_peft():
+    peft = pytest.importorskip("peft")
+    model = make("ModernBertModel")
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["Wqkv"], init_lora_weights=False))
+    inputs = batch(model)
+    real = inputs["attention_mask"].bool()
+    wanted = lora(**inputs).last_hidden_state
+    with patched(lora):
+        assert tokens_computed(lora, inputs) == (1, sum(LENGTHS))
+        torch.testing.assert_close(lora(**inputs).last_hidden_state[real], wanted[real], rtol=2e-5, atol=2e-5)

@@ -6,8 +6,11 @@ with `cu_seq_lens_q` telling the attention where each sequence begins. Those are
 input, so input that arrives already packed takes the same path.
 """
 
+from . import flatten
 from .interface import attention_forward
 from .masks import make_mask
 from .patching import export_temperature, patch, patched, unpatch
+
+flatten.install()
 
 __all__ = ["attention_forward", "export_temperature", "make_mask", "patch", "patched", "unpatch"]

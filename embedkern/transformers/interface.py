@@ -151,12 +151,12 @@ def _temperature(
     else:
         lengths = torch.full((query.shape[0],), key.shape[2], device=query.device)
     temperature = given(lengths.clamp(min=1))  # a row of padding only has no query that counts
-    if temperature.ndim not in (1, 2) or temperature.shape[0] != lengths.shape[0]:
+    if temperature.shape[:1] != lengths.shape or temperature[:1].numel() != temperature.shape[1:2].numel():
         raise ValueError(
             f"temperature: the function gave {tuple(temperature.shape)} for lengths ({lengths.shape[0]},), "
-            "want (B,) or (B, H)"
+            "want (B,), (B, H) or (B, 1 or H, 1, 1)"
         )
-    temperature = temperature.view(*temperature.shape, *[1] * (2 - temperature.ndim))  # (B, 1 or H)
+    temperature = temperature.reshape(*lengths.shape, -1)
     if cu_seq_lens is None:
         return temperature[:, :, None, None]
     return temperature.repeat_interleave(cu_seq_lens.diff(), 0, output_size=query.shape[2])[:, :, None]

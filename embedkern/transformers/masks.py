@@ -84,6 +84,8 @@ def recognise(function: Callable[..., Any]) -> tuple[Band | None, bool]:
         return (math.inf, math.inf), False
     if function is causal_mask_function:
         return (math.inf, 0), False
+    if torch.compiler.is_compiling():  # which can't guard on code objects
+        return None, False
     code = getattr(function, "__code__", None)
     if code not in KNOWN:
         return None, False

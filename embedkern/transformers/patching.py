@@ -140,7 +140,8 @@ def patch(
         model: a transformers model, a SentenceTransformer, or a module around them (PEFT, DDP), with any head. The
             docs list the families served.
         temperature: divides the attention's scores (after bias and softcap): a number > 0; a list, one for each
-            attention layer of the whole model; or a function of the sequences' lengths, int (B,) → (B,) or (B, H).
+            attention layer of the whole model; or a function of the sequences' lengths, int (B,) → (B,), (B, H) or
+            (B, 1 or H, 1, 1), as `log_length_temperature` gives.
         bidirectional: True lets a causal decoder attend to both sides, False keeps it causal; None is as configured.
         unpad: compute no padding: a batch (B, L) with an attention mask (B, L) runs as (1, T) and comes back as
             (B, L, C) with zeros at padding. Otherwise only the attention is replaced.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .families import FIRST
-from .masks import packed_call
+from .masks import Pattern, packed_call
 
 if TYPE_CHECKING:
     from .patching import Patch
@@ -68,7 +68,7 @@ class Forward:
         if batch is None:
             return self.run(forward, kwargs)
         return_dict = kwargs.get("return_dict")
-        packed = {**kwargs, **batch.inputs, "attention_mask": None, "return_dict": True}
+        packed = {**kwargs, **batch.inputs, "attention_mask": self.mask(), "return_dict": True}
         if self.patch.family.decoder:
             packed["use_cache"] = False  # its keys would be packed
         out = self.run(forward, packed)
@@ -84,6 +84,14 @@ class Forward:
         if return_dict is None:
             return_dict = getattr(encoder.config, "return_dict", True)
         return out if return_dict else out.to_tuple()
+
+    def mask(self) -> Any:
+        """A packed call's attention_mask: none, but for Gemma 3 made bidirectional by a mask function of its own."""
+        config = self.patch.encoder.config
+        if not (self.patch.family.decoder and getattr(config, "use_bidirectional_attention", False)):
+            return None
+        reach = config.sliding_window - 1
+        return {"full_attention": None, "sliding_attention": Pattern(None, (reach, reach))}
 
     def run(self, forward: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         if self.patch.family.hands_on or kwargs.get("cu_seq_lens_q") is None:
