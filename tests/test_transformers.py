@@ -293,6 +293,17 @@ def test_sentence_transformers_flattens(minilm):
     torch.testing.assert_close(model.encode(SENTENCES, convert_to_tensor=True), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_flattening_ends_with_the_patch(minilm):
+    wanted = minilm.encode(SENTENCES, convert_to_tensor=True)
+    with patched(minilm):
+        minilm[0].unpad_inputs = True
+        assert minilm[0].can_flatten_inputs
+        torch.testing.assert_close(minilm.encode(SENTENCES, convert_to_tensor=True), wanted, rtol=1e-5, atol=1e-6)
+    assert not minilm[0].can_flatten_inputs
+    minilm[0].unpad_inputs = None
+    assert torch.equal(minilm.encode(SENTENCES, convert_to_tensor=True), wanted)
+
+
 def test_hook_of_a_module_imported_before(minilm, monkeypatch):
     from sentence_transformers.base.modules.transformer import Transformer
 

@@ -57,7 +57,7 @@ def make_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | Non
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: got {attention_mask.ndim} dims, want (B, L) or a complete (B, H, Lq, Lk)")
 
-    def form() -> Tensor:
+    def form() -> Any:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **{**kwargs, **skips})
 
@@ -86,16 +86,20 @@ def recognise(function: Callable[..., Any]) -> tuple[Band | None, bool]:
         return (math.inf, 0), False
     if torch.compiler.is_compiling():  # which can't guard on code objects
         return None, False
-    code = getattr(function, "__code__", None)
-    if code not in KNOWN:
-        return None, False
-    inside = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
-    if KNOWN[code] == "and_masks":
-        return _intersection(inside["mask_functions"])
-    width = inside["sliding_window"]
-    if KNOWN[code] == "sliding_window_bidirectional_overlay":
+    maker = KNOWN.get(getattr(function, "__code__", None))
+    if maker == "and_masks":
+        return _intersection(_closed_over(function)["mask_functions"])
+    if maker == "sliding_window_bidirectional_overlay":
+        width = _closed_over(function)["sliding_window"]
         return ((width, width) if width >= 0 else None), False
-    return ((width - 1, math.inf) if width >= 1 else None), False
+    if maker == "sliding_window_overlay":
+        width = _closed_over(function)["sliding_window"]
+        return ((width - 1, math.inf) if width >= 1 else None), False
+    return None, False
+
+
+def _closed_over(function: Any) -> dict[str, Any]:
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
 
 
 def _intersection(functions: tuple[Callable[..., Any], ...]) -> tuple[Band | None, bool]:
@@ -103,7 +107,7 @@ def _intersection(functions: tuple[Callable[..., Any], ...]) -> tuple[Band | Non
     if sorted(map(str, names)) == ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]:
         # Positions count up by one within a sequence, so that distances are those of the indices.
         remap = functions[names.index("remap_positions_for_packed_sequence")]
-        band, packed = recognise(remap.__closure__[remap.__code__.co_freevars.index("mask_function")].cell_contents)  # type: ignore[attr-defined]
+        band, packed = recognise(_closed_over(remap)["mask_function"])
         return (None if packed else band), True
     parts = [recognise(function) for function in functions]
     if any(band is None or packed for band, packed in parts):

@@ -122,8 +122,9 @@ class Patch:
 
     @property
     def by_distance(self) -> bool:
-        """Whether attention counts distances between indices."""
-        return self.family.relative or getattr(self.encoder.config, "sliding_window", None) is not None
+        """Whether attention counts distances between indices, or may, as decoders, cut where position_ids jump."""
+        sliding = getattr(self.encoder.config, "sliding_window", None) is not None
+        return self.family.relative or self.family.decoder or sliding
 
 
 def patch(
@@ -179,6 +180,9 @@ def unpatch(model: M) -> M:
     """
     for patch in _patches(model):
         patch.remove()
+    for module in model.modules():
+        if getattr(module, "can_flatten_inputs", False):  # sentence-transformers asked while the attention was ours
+            module.unpad_inputs = module.unpad_inputs
     return model
 
 

@@ -79,7 +79,7 @@ class Forward:
                 h if h is None else padded if h is last else batch.pad(h) for h in out.hidden_states
             )
         out.last_hidden_state = padded
-        if out.get("pooler_output") is not None:
+        if self.patch.family.pooled is not None and batch.pooled is not None and out.get("pooler_output") is not None:
             out.pooler_output = self.patch.family.pooled.pool(encoder, padded, batch.pooled)
         if return_dict is None:
             return_dict = getattr(encoder.config, "return_dict", True)
@@ -115,6 +115,8 @@ class Forward:
         unknown = {name for name, x in kwargs.items() if x is not None}.difference(PASSED, PACKED, ("attention_mask",))
         if self.patch.family.decoder and kwargs.get("use_cache"):
             unknown.add("use_cache")
+        if self.patch.family.decoder and torch.compiler.is_compiling() and kwargs.get("position_ids") is not None:
+            unknown.add("position_ids")  # masks made from them then, which cut where they jump
         if unknown:
             warnings.warn(f"embedkern: a call with {', '.join(sorted(unknown))} runs padded", stacklevel=3)
             return None
@@ -139,7 +141,7 @@ class Forward:
             return None
         if self.patch.by_distance and bool((mask[:, 1:] & ~mask[:, :-1]).sum(1).add(mask[:, 0]).gt(1).any()):
             warnings.warn(
-                "embedkern: a mask with holes runs padded, because packing would change the distances that windows and "
+                "embedkern: a mask with holes runs padded, because packing changes the distances that windows and "
                 "relative positions count",
                 stacklevel=3,
             )
