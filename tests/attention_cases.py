@@ -73,7 +73,7 @@ def check(
 ) -> None:
     """Our output and gradients against the reference in float64 and at the inputs' dtype.
 
-    tolerance, relative to 1 + the largest value, instead of a multiple of torch's error: for inputs that chance chooses.
+    tolerance, relative to 1 + the largest value, instead of a multiple of torch's error: for inputs that chance makes.
     """
     ours = run(function, tensors, backend, None, options)
     exact = run(function, tensors, "reference", torch.float64, options)
