@@ -33,7 +33,7 @@ __all__ = [
 class _OnInfoNCE:
     """What the losses here share: `prefixes`, set while a MatryoshkaLoss runs them, and when `info_nce` can't serve."""
 
-    prefixes: tuple[list[int], list[float]] | None = None
+    prefixes: tuple[Sequence[int], Sequence[float]] | None = None
 
     def is_served(self) -> bool:
         raise NotImplementedError
@@ -44,7 +44,7 @@ class _OnInfoNCE:
         return dict(zip(("matryoshka_dims", "matryoshka_weights"), self.prefixes, strict=True))
 
 
-def _similarity(function: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+def _similarity(function: Callable[[Tensor, Tensor], Tensor]) -> Any:
     return "cosine" if function is cos_sim else "dot" if function is dot_score else None
 
 
@@ -65,7 +65,7 @@ class _Ranking(_OnInfoNCE):
 
     def _ranking(self: Any, columns: Sequence[Tensor]) -> Tensor:
         group = dist.group.WORLD if self.gather_across_devices and dist.is_initialized() else None
-        loss = info_nce(
+        loss: Any = info_nce(
             columns[0],
             columns[1] if len(columns) == 2 else torch.cat(tuple(columns[1:])),
             temperature=1 / self.scale,
@@ -126,7 +126,7 @@ class _Guided(_OnInfoNCE):
             guide_documents = [all_gather(x) for x in guide_documents]
             targets = torch.arange(len(anchors), device=anchors.device) + get_rank() * len(anchors)
 
-        def rows(count: int, directions: Sequence[str], **options: Any) -> Tensor:
+        def rows(count: int, directions: Sequence[str], **options: Any) -> Any:
             """Of the first `count` columns of documents."""
             return info_nce(
                 anchors, torch.cat(documents[:count]), targets=targets, temperature=self.temperature,
@@ -203,13 +203,13 @@ class MatryoshkaLoss(theirs.MatryoshkaLoss):
         chosen: Sequence[int] = range(len(self.matryoshka_dims))
         if 0 < self.n_dims_per_step < len(chosen):
             chosen = random.sample(chosen, self.n_dims_per_step)
-        dims, weights = ([of[i] for i in chosen] for of in (self.matryoshka_dims, self.matryoshka_weights))
+        dims, weights = [self.matryoshka_dims[i] for i in chosen], [self.matryoshka_weights[i] for i in chosen]
         with _prefixes(self.loss, dims, weights):
             return self.loss(sentence_features, labels)
 
 
 @contextmanager
-def _prefixes(loss: Any, dims: list[int], weights: list[float]) -> Iterator[None]:
+def _prefixes(loss: Any, dims: Sequence[int], weights: Sequence[float]) -> Iterator[None]:
     decorated = vars(loss).pop("calculate_loss", None)  # theirs, one call for each prefix
     loss.prefixes = dims, weights
     try:

@@ -17,7 +17,7 @@ Features = dict[str, Any]
 __all__ = ["LatentAttentionPooling", "MultiLayerPooling", "Pooling"]
 
 
-def _tokens(hidden: Tensor, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+def _tokens(hidden: Tensor, features: Features) -> tuple[Tensor, dict[str, Any]]:
     """Hidden states as embedkern takes them, and which of them are real."""
     if "cu_seq_lens_q" in features:
         return hidden.reshape(-1, hidden.shape[-1]), {"cu_seqlens": features["cu_seq_lens_q"]}  # (1, T, C)
@@ -80,11 +80,11 @@ class _Trained(Module):
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", token: bool | str | None = None,
              cache_folder: str | None = None, revision: str | None = None, local_files_only: bool = False,
-             **kwargs: Any) -> Any:  # fmt: skip
-        where = {"subfolder": subfolder, "token": token, "cache_folder": cache_folder, "revision": revision,
+             init_defaults: dict[str, Any] | None = None, **kwargs: Any) -> Any:  # fmt: skip
+        where: Any = {"subfolder": subfolder, "token": token, "cache_folder": cache_folder, "revision": revision,
                  "local_files_only": local_files_only}  # fmt: skip
-        module: Any = cls(**cls.load_config(model_name_or_path, **where))  # type: ignore[arg-type]
-        return cls.load_torch_weights(model_name_or_path, model=module, **where)  # type: ignore[arg-type]
+        module: Any = cls(**{**(init_defaults or {}), **cls.load_config(model_name_or_path, **where)})
+        return cls.load_torch_weights(model_name_or_path, model=module, **where)
 
 
 class LatentAttentionPooling(_Trained):
@@ -99,9 +99,9 @@ class LatentAttentionPooling(_Trained):
         ff_mult: int = 4,
         normalize: bool = True,
     ) -> None:
-        arguments = {"hidden_size": hidden_size, "num_latents": num_latents, "num_heads": num_heads,
+        arguments: Any = {"hidden_size": hidden_size, "num_latents": num_latents, "num_heads": num_heads,
                      "head_dim": head_dim, "ff_mult": ff_mult, "normalize": normalize}  # fmt: skip
-        super().__init__(nn.LatentAttentionPooling(**arguments), arguments)  # type: ignore[arg-type]
+        super().__init__(nn.LatentAttentionPooling(**arguments), arguments)
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         hidden, real = _tokens(features["token_embeddings"], features)
@@ -126,10 +126,10 @@ class MultiLayerPooling(_Trained):
         token_pooling: str = "mean",
         normalize: bool = True,
     ) -> None:
-        arguments = {"num_layers": num_layers, "hidden_size": hidden_size, "num_latents": num_latents,
+        arguments: Any = {"num_layers": num_layers, "hidden_size": hidden_size, "num_latents": num_latents,
                      "num_heads": num_heads, "head_dim": head_dim, "ff_mult": ff_mult,
                      "token_pooling": token_pooling, "normalize": normalize}  # fmt: skip
-        super().__init__(nn.MultiLayerPooling(**arguments), arguments)  # type: ignore[arg-type]
+        super().__init__(nn.MultiLayerPooling(**arguments), arguments)
 
     def forward(self, features: Features, **kwargs: Any) -> Features:
         layers, wanted = features.get("all_layer_embeddings"), self.arguments["num_layers"]
