@@ -224,12 +224,6 @@ struct Attention : AttentionParams {
     }
   }
 
-  int64_t longest() const {
-    int64_t n = 0;
-    for (const AttentionSequence& s : sequences) n = std::max(n, s.visible);
-    return n;
-  }
-
   int64_t rows(const AttentionSequence& s) const { return kv_heads ? heads / kv_heads * s.q_length : 0; }
 
   // Of one task of the forward or the backward pass.

@@ -64,9 +64,9 @@ bool streams(const AttentionParams& p, const AttentionSequence& s, bool direct) 
 }
 
 // What dropout leaves is divided by 1 - dropout_p: in the reciprocals of the sums, which are multiplied to it anyway.
-void scale_kept(const AttentionParams& p, int64_t m, float* reciprocal) {
+void scale_kept(const AttentionParams& p, int64_t m, const float* reciprocal, float* scaled) {
   const float factor = p.dropout_p >= 1 ? 0 : float(1 / (1 - p.dropout_p));
-  for (int64_t i = 0; i < m; i++) reciprocal[i] *= factor;
+  for (int64_t i = 0; i < m; i++) scaled[i] = reciprocal[i] * factor;
 }
 
 template <class T>
@@ -75,7 +75,6 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   const int64_t all = p.heads / p.kv_heads * s.q_length, end = least(all, (chunk + 1) * attention_chunk);
   const int64_t n = s.visible, ld = attention_stride(n), dim_v = round_up(p.dim_v, W);
   if (n == 0) {
-    if (chunk * attention_chunk >= end) return;
     Row row(p, s, kv_head, chunk * attention_chunk);
     for (int64_t i = chunk * attention_chunk; i < end; i++, row.next()) {
       for (int64_t c = 0; c < p.dim_v; c += W) store_at(row.in<T>(p.out), c, p.dim_v, Vec{});
@@ -106,7 +105,7 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
     weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
     if (p.dropout_p > 0) {
       drop(p, row, m, range, b.scores, b.scores, ld);
-      scale_kept(p, m, b.reciprocal);
+      scale_kept(p, m, b.reciprocal, b.reciprocal);
     }
     if (direct) out = {row.in<float>(p.out), p.out.stride_t};
     gemm<false>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first * v.ld, v.ld, out.x, out.ld,
@@ -217,18 +216,14 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     }
     const KeyRange range(p, row, m, n);
     weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
-    const float* weights = b.scores;
-    if (p.dropout_p > 0) {
+    const float *weights = b.scores, *reciprocal = b.reciprocal;  // as dropout leaves them
+    if (p.dropout_p > 0) {                                        // in scratch that isn't needed yet
       drop(p, row, m, range, b.scores, d_scores, ld);
+      scale_kept(p, m, b.reciprocal, excess);
       weights = d_scores;
+      reciprocal = excess;
     }
-    float* g_factor = b.reciprocal;  // with dropout's factor, for d_out alone
-    if (p.dropout_p > 0) {
-      for (int64_t i = 0; i < m; i++) excess[i] = b.reciprocal[i];
-      scale_kept(p, m, excess);
-      g_factor = excess;
-    }
-    gather_rows<T>(p.d_out, row, m, p.dim_v, g_factor, d_out.x);
+    gather_rows<T>(p.d_out, row, m, p.dim_v, reciprocal, d_out.x);
     if (p.d_value.data) {
       add_product(add, range.n, dim_v, m, weights, ld, d_out, d_v.x + range.first * d_v.ld, d_v.ld, stream, ahead);
     }
