@@ -33,6 +33,19 @@ struct Block {
   }
 };
 
+// gemm() of scratch that holds T's operands; k counts numbers, strides words.
+template <class T, bool add = false>
+void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+             float* c, int64_t ldc, const End& end, Ahead& ahead) {
+  gemm<add>(m, n, (k + per_word<T> - 1) / per_word<T>, reinterpret_cast<const Operand<T>*>(a), a_row, a_col,
+            reinterpret_cast<const Operand<T>*>(b), ldb, c, ldc, end, ahead);
+}
+
+template <class T>
+Element<T>* elements(float* gathered) {
+  return reinterpret_cast<Element<T>*>(gathered);
+}
+
 // z = scale · q·kᵀ and what options add to it, scores = exp((z - top) / temperature), of the keys in range
 template <class T>
 void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const KeyRange& range,
@@ -41,11 +54,11 @@ void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row,
   if (in_place<T>(p, s)) {
     b.q = {row.in<float>(p.query), p.query.stride_t};
   } else {
-    b.q = {b.q_copy, round_up(p.dim, W)};
+    b.q = {b.q_copy, row_words<T>(p.dim)};
     gather_rows<T>(p.query, row, m, p.dim, nullptr, b.q.x);
   }
-  gemm<false>(m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
-              {b.factors.scale}, ahead);
+  product<T>(m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
+             {b.factors.scale}, ahead);
   if (b.key_bias) adjust(p, row, m, range, b.key_bias, b.scores, b.cap_slope, ld);
   for (int64_t i = 0; b.z && i < m * ld; i += W) store(b.z + i, load(b.scores + i));
   exponentials(b.scores, ld, m, range.n, b.factors, b.top, b.sum);
@@ -86,7 +99,8 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   const int64_t block = attention_block(n, all);
   Scratch scratch{memory};
   float* k_transposed = scratch.take(p.dim * ld);
-  Panel v{scratch.take(n * dim_v), dim_v}, out{scratch.take(block * dim_v), dim_v};
+  const int64_t v_words = row_words<T>(p.dim_v);
+  Panel v{scratch.take(n * v_words), v_words}, out{scratch.take(block * dim_v), dim_v};
   Block b(p, scratch, block, ld, false);
   gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld);
   if (direct) {
@@ -95,8 +109,13 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
     gather<T>(p.value, s, kv_head, p.dim_v, v.x, nullptr, 0);
   }
   if (b.key_bias) {
-    find_key_bias(s, v.x, dim_v, b.key_bias);
-    finite_only(v.x, n * dim_v);
+    find_key_bias(s, elements<T>(v.x), v_words * per_word<T>, b.key_bias);
+    finite_only(elements<T>(v.x), n * v_words * per_word<T>);
+  }
+  if constexpr (paired<T>) {
+    float* pairs = scratch.take((n + 1) / 2 * dim_v);
+    pair_rows(v.x, n, p.dim_v, pairs);
+    v = {pairs, dim_v};
   }
   for (int64_t start = chunk * attention_chunk; start < end; start += block) {
     const int64_t m = least(block, end - start);
@@ -108,8 +127,9 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
       scale_kept(p, m, b.reciprocal, b.reciprocal);
     }
     if (direct) out = {row.in<float>(p.out), p.out.stride_t};
-    gemm<false>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first * v.ld, v.ld, out.x, out.ld,
-                {b.reciprocal, streams(p, s, direct)}, ahead);
+    if constexpr (paired<T>) pair_neighbours(b.scores, m, range.n, ld, nullptr, b.scores, ld);
+    product<T>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first / per_word<T> * v.ld, v.ld, out.x, out.ld,
+               {b.reciprocal, streams(p, s, direct)}, ahead);
     if (!direct) scatter_rows<T>(p.out, row, m, p.dim_v, out.x);
     for (int64_t i = 0; i < m; i += W) {
       const Vec sum = load(b.sum + i), lse = load(b.top + i) * load(b.factors.inverse + i) + log(sum);
@@ -120,12 +140,13 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
 }
 
 // sum (n, dim) = or += panelᵀ · x, of m rows
+template <class T>
 void add_product(bool add, int64_t n, int64_t dim, int64_t m, const float* panel, int64_t ld, const Panel& x,
                  float* sum, int64_t sum_ld, bool stream, Ahead& ahead) {
   if (add) {
-    gemm<true>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
+    product<T, true>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
   } else {
-    gemm<false>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
+    product<T>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
   }
 }
 
@@ -167,11 +188,12 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W), block = attention_block(n, all);
   const bool direct = in_place<T>(p, s), bounded = p.window_left >= 0 || p.window_right >= 0;
   Scratch scratch{memory};
+  const int64_t k_words = row_words<T>(p.dim), d_out_words = row_words<T>(p.dim_v);
   float *k_transposed = scratch.take(p.dim * ld), *v_transposed = scratch.take(p.dim_v * ld);
-  Panel k{scratch.take(n * dim), dim}, d_k{scratch.take(n * dim), dim}, d_v{scratch.take(n * dim_v), dim_v};
+  Panel k{scratch.take(n * k_words), k_words}, d_k{scratch.take(n * dim), dim}, d_v{scratch.take(n * dim_v), dim_v};
   Block b(p, scratch, block, ld, true);
   float* d_scores = scratch.take(block * ld);
-  const Panel d_out{scratch.take(block * dim_v), dim_v};
+  const Panel d_out{scratch.take(block * d_out_words), d_out_words};
   Panel d_q{scratch.take(block * dim), dim};
   float *d_lse = scratch.take(block + W), *excess = scratch.take(block + W);
   const bool rows_wanted = p.d_temperature.data || p.d_scale.data || b.factors.scale_later,
@@ -188,9 +210,18 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     d_v.x = part(p, s, chunk, kv_head, 1);
   }
   if (b.key_bias) {
-    find_key_bias(s, nullptr, 0, b.key_bias);
-    finite_only(k.x, n * dim);
-    finite_only(v_transposed, p.dim_v * ld);
+    find_key_bias<float>(s, nullptr, 0, b.key_bias);
+    finite_only(elements<T>(k.x), n * k_words * per_word<T>);
+    finite_only(elements<T>(v_transposed), p.dim_v * ld);
+  }
+  [[maybe_unused]] float *panel = nullptr, *q_pairs = nullptr, *d_out_pairs = nullptr;  // where products take Pairs
+  if constexpr (paired<T>) {
+    float* pairs = scratch.take((n + 1) / 2 * dim);
+    pair_rows(k.x, n, p.dim, pairs);
+    k = {pairs, dim};
+    q_pairs = scratch.take((block + 1) / 2 * dim);
+    d_out_pairs = scratch.take((block + 1) / 2 * dim_v);
+    panel = scratch.take((block + 1) * round_up(ld / 2, W));
   }
   const bool stream = streams(p, s, direct) && end - begin <= block;
   for (int64_t i = 0; i < block; i++) d_lse[i] = 0;
@@ -224,12 +255,19 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       reciprocal = excess;
     }
     gather_rows<T>(p.d_out, row, m, p.dim_v, reciprocal, d_out.x);
+    Panel right = d_out;  // of products over rows: weights · reciprocal · d_out, here with the factor in d_out
+    if constexpr (paired<T>) {
+      pair_scores(weights, m, range.n, ld, reciprocal, panel);
+      pair_rows(d_out.x, m, p.dim_v, d_out_pairs);
+      weights = panel;
+      right = {d_out_pairs, dim_v};
+    }
     if (p.d_value.data) {
-      add_product(add, range.n, dim_v, m, weights, ld, d_out, d_v.x + range.first * d_v.ld, d_v.ld, stream, ahead);
+      add_product<T>(add, range.n, dim_v, m, weights, ld, right, d_v.x + range.first * d_v.ld, d_v.ld, stream, ahead);
     }
     if (!scores_wanted) continue;
-    gemm<false>(m, round_up(range.n, W), p.dim_v, d_out.x, d_out.ld, 1, v_transposed + range.first, ld, d_scores, ld,
-                {}, ahead);
+    product<T>(m, round_up(range.n, W), p.dim_v, d_out.x, d_out.ld, 1, v_transposed + range.first, ld, d_scores, ld,
+               {paired<T> ? reciprocal : nullptr}, ahead);
     if (p.dropout_p > 0) drop(p, row, m, range, d_scores, d_scores, ld);
     Row r = row;
     for (int64_t i = 0; p.d_lse.data && i < m; i++, r.next()) d_lse[i] = b.sum[i] == 0 ? 0 : *r.in<float>(p.d_lse);
@@ -241,13 +279,28 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     if (b.key_bias) {
       adjust_backward(p, row, m, range, slot, b.z, b.top, b.factors.inverse, d_lse, b.cap_slope, d_scores, ld);
     }
+    const float* left = d_scores;
+    int64_t left_ld = ld;
     if (p.d_query.data || rows_wanted) {
-      gemm<false>(m, dim, range.n, d_scores, ld, 1, k.x + range.first * k.ld, k.ld, d_q.x, d_q.ld,
-                  {nullptr, stream && d_q_direct && !rows_wanted}, ahead);
+      if constexpr (paired<T>) {
+        left = panel;
+        left_ld = round_up(ld / 2, W);
+        pair_neighbours(d_scores, m, range.n, ld, rows_wanted ? excess : nullptr, panel, left_ld);
+      }
+      product<T>(m, dim, range.n, left, left_ld, 1, k.x + range.first / per_word<T> * k.ld, k.ld, d_q.x, d_q.ld,
+                 {nullptr, stream && d_q_direct && !rows_wanted}, ahead);
     }
     if (rows_wanted) row_gradients<T>(p, row, m, d_q, d_scores, ld, b, excess);
     if (p.d_key.data) {
-      add_product(add, range.n, dim, m, d_scores, ld, b.q, d_k.x + range.first * d_k.ld, d_k.ld, stream, ahead);
+      left = d_scores;
+      right = b.q;
+      if constexpr (paired<T>) {
+        pair_scores(d_scores, m, range.n, ld, nullptr, panel);
+        pair_rows(b.q.x, m, p.dim, q_pairs);
+        left = panel;
+        right = {q_pairs, dim};
+      }
+      add_product<T>(add, range.n, dim, m, left, ld, right, d_k.x + range.first * d_k.ld, d_k.ld, stream, ahead);
     }
     if (p.d_query.data && !d_q_direct) scatter_rows<T>(p.d_query, row, m, p.dim, d_q.x);
   }

@@ -22,6 +22,7 @@ static inline int64_t attention_scratch_floats(const AttentionParams& p, int64_t
   const int64_t dims = p.dim + p.dim_v + 32;
   return dims * (stride + block) + block * (stride + 24) +  // forward
          (backward ? dims * (stride + block) + dims * stride + block * stride : 0) +
+         (backward && p.dtype == DType::bf16 ? dims * (stride + block) + block * stride : 0) +  // Pairs
          (adjusts_scores(p) ? stride + (backward ? 2 * block * stride : 0) : 0) + 1024;
 }
 

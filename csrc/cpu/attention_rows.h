@@ -77,6 +77,23 @@ bool in_place(const AttentionParams& p, const AttentionSequence& s) {
          s.visible <= 64 && p.dim % W == 0 && p.dim_v % W == 0;
 }
 
+// What products read of T: bfloat16 stays as it is where the CPU multiplies it, everything else becomes float32.
+// per_word numbers take the place of one float in scratch.
+template <class T>
+constexpr bool paired = has_pairs && std::is_same<T, Bf16>::value;
+template <class T>
+using Operand = std::conditional_t<paired<T>, Pair, float>;
+template <class T>
+using Element = std::conditional_t<paired<T>, Bf16, float>;
+template <class T>
+constexpr int64_t per_word = paired<T> ? 2 : 1;
+
+// Between gathered rows.
+template <class T>
+EK_INLINE int64_t row_words(int64_t dim) {
+  return round_up(dim / per_word<T>, W);
+}
+
 struct Scratch {
   float* free;
   float* take(int64_t floats) {
@@ -86,16 +103,19 @@ struct Scratch {
   }
 };
 
-// The visible rows of x (n, dim), as they are (rows round_up(dim, W) apart) and transposed (dim, n) (rows ld apart,
-// zeros up to a multiple of W); either may be null.
+// The visible rows of x (n, dim), as they are (row_words(dim) apart) and transposed (dim, n) (rows ld apart, zeros up
+// to a multiple of W), Pairs as units; either may be null.
 template <class T>
-void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim, float* plain, float* transposed,
-            int64_t ld) {
-  const int64_t n = s.visible, dim_padded = round_up(dim, W);
+void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t channels, float* plain,
+            float* transposed, int64_t ld) {
+  using From = std::conditional_t<paired<T>, Pair, T>;
+  const int64_t n = s.visible, dim = channels / per_word<T>, dim_padded = round_up(dim, W);
   for (int64_t j = 0; j < n; j += W) {
     const int live = int(least(W, n - j));
-    const T* rows[W];
-    for (int i = 0; i < W; i++) rows[i] = key_row<T>(x, s, kv_head, j + least(i, live - 1));
+    const From* rows[W];
+    for (int i = 0; i < W; i++) {
+      rows[i] = reinterpret_cast<const From*>(key_row<T>(x, s, kv_head, j + least(i, live - 1)));
+    }
     for (int64_t c = 0; c < dim; c += W) {
       Vec tile[W];
       if (c + W <= dim) {
@@ -118,14 +138,59 @@ void gather(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64
   }
 }
 
-// m rows of x from `row` on, each times its factor (null: 1).
+// m rows of x from `row` on, each times its factor (null: 1); Pairs come as they are.
 template <class T>
 void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float* factor, float* to) {
-  const int64_t ld = round_up(dim, W);
+  const int64_t ld = row_words<T>(dim);
   for (int64_t i = 0; i < m; i++, row.next()) {
     const T* from = row.in<T>(x);
-    const float times = factor ? factor[i] : 1;
-    for (int64_t c = 0; c < dim; c += W) store(to + i * ld + c, load_at(from, c, dim) * times);
+    if constexpr (paired<T>) {
+      const Pair* pairs = reinterpret_cast<const Pair*>(from);
+      for (int64_t c = 0; c < dim / 2; c += W) store(to + i * ld + c, load_at(pairs, c, dim / 2));
+    } else {
+      const float times = factor ? factor[i] : 1;
+      for (int64_t c = 0; c < dim; c += W) store(to + i * ld + c, load_at(from, c, dim) * times);
+    }
+  }
+}
+
+// Gathered Bf16 rows (n, dim) → Pairs of row 2i and row 2i + 1 at row i, round_up(dim, W) apart: what a product over
+// rows reads. After an odd row come zeros.
+inline void pair_rows(const float* rows, int64_t n, int64_t dim, float* to) {
+  const int64_t ld = 2 * row_words<Bf16>(dim), columns = round_up(dim, W);
+  const Bf16* x = reinterpret_cast<const Bf16*>(rows);
+  for (int64_t i = 0; i < n; i += 2, x += 2 * ld, to += columns) {
+    for (int64_t c = 0; c < columns; c += W) {
+      const UVec first = (UVec)load(x + c) >> 16, second = i + 1 < n ? (UVec)load(x + ld + c) : UVec{};
+      store(to + c, (Vec)(first | second));
+    }
+  }
+}
+
+// Scores (m, n), rows ld apart, each times its factor (null: 1) → Pairs of row 2i and row 2i + 1, rows ld apart.
+inline void pair_scores(const float* x, int64_t m, int64_t n, int64_t ld, const float* factor, float* to) {
+  for (int64_t i = 0; i < m; i += 2, x += 2 * ld, to += ld) {
+    const bool alone = i + 1 == m;
+    const float first = factor ? factor[i] : 1, second = alone ? 0 : factor ? factor[i + 1] : 1;
+    for (int64_t j = 0; j < n; j += W) {
+      store(to + j, side_by_side(load(x + j) * first, alone ? Vec{} : load(x + ld + j) * second));
+    }
+  }
+}
+
+// Scores (m, n), rows ld apart → Pairs of neighbours, rows to_ld apart; `to` may be x. excess, where it isn't null,
+// gets what rounding adds to each row's sum.
+inline void pair_neighbours(const float* x, int64_t m, int64_t n, int64_t ld, float* excess, float* to, int64_t to_ld) {
+  for (int64_t i = 0; i < m; i++) {
+    Vec total{};
+    for (int64_t j = 0; j < n; j += 2 * W) {
+      const Vec first = load(x + i * ld + j), second = j + W < n ? load(x + i * ld + j + W) : Vec{};
+      const Vec pairs = in_a_row(first, second);
+      store(to + i * to_ld + j / 2, pairs);
+      const Vec rounded = (Vec)((UVec)pairs << 16) + (Vec)((UVec)pairs & 0xffff0000);
+      if (excess) total += rounded - (first + second);
+    }
+    if (excess) excess[i] += sum_lanes(total);
   }
 }
 

@@ -140,13 +140,15 @@ inline void adjust_backward(const AttentionParams& p, Row row, int64_t m, const 
 }
 
 // Finite elements as they are, 0 for the others: what a row doesn't see is multiplied by 0 all the same.
-inline void finite_only(float* x, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += W) store(x + i, select(load(x + i) - load(x + i) == 0.0f, load(x + i), Vec{}));
+template <class E>
+void finite_only(E* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) store(x + i, select(load(x + i) - load(x + i) == 0.0f, load(x + i), Vec{}));
 }
 
 // key_bias of n visible keys. value (n, dim): what isn't finite there makes the rows that see its key NaN; null: not
 // asked.
-inline void find_key_bias(const AttentionSequence& s, const float* value, int64_t dim, float* key_bias) {
+template <class E>
+void find_key_bias(const AttentionSequence& s, const E* value, int64_t dim, float* key_bias) {
   for (int64_t j = 0; j < s.visible; j++) {
     Vec sum{};
     for (int64_t c = 0; value && c < dim; c += W) sum += load(value + j * dim + c) - load(value + j * dim + c);

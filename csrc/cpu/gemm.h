@@ -1,5 +1,6 @@
-// Products of float32 matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n): A by any
+// Products of matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n) in float32: A by any
 // strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C by rows ldc apart.
+// Operands are floats, or Pairs of bfloat16 along k: k, strides and ldb count Pairs.
 // n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k. Before each
 // tile meanwhile.step() may fetch memory ahead.
 #pragma once
@@ -27,9 +28,9 @@ struct Nothing {
 // About how often a product of m rows and n columns calls step().
 EK_INLINE int64_t gemm_tiles(int64_t m, int64_t n) { return (m + MR - 1) / MR * ((n + NR - 1) / NR); }
 
-template <int mr, int nv, bool add>
-EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb, float* c,
-                         int64_t ldc, const End& end) {
+template <int mr, int nv, bool add, class Operand>
+EK_INLINE void gemm_tile(int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b, int64_t ldb,
+                         float* c, int64_t ldc, const End& end) {
   Vec sums[mr][nv];
 #pragma GCC unroll 16
   for (int i = 0; i < mr; i++)
@@ -41,9 +42,9 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
     for (int j = 0; j < nv; j++) row[j] = load(b + l * ldb + j * W);
 #pragma GCC unroll 16
     for (int i = 0; i < mr; i++) {
-      const Vec element = splat(a[i * a_row + l * a_col]);
+      const Vec element = broadcast(a[i * a_row + l * a_col]);
 #pragma GCC unroll 4
-      for (int j = 0; j < nv; j++) sums[i][j] += element * row[j];
+      for (int j = 0; j < nv; j++) sums[i][j] = multiply_add<Operand>(sums[i][j], element, row[j]);
     }
   }
   if (end.factor) {
@@ -69,8 +70,8 @@ EK_INLINE void gemm_tile(int64_t k, const float* a, int64_t a_row, int64_t a_col
 }
 
 // The rows that remain below whole tiles: mr counts down to the m that is left.
-template <int mr, int nv, bool add>
-EK_INLINE void gemm_rows(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+template <int mr, int nv, bool add, class Operand>
+EK_INLINE void gemm_rows(int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
                          int64_t ldb, float* c, int64_t ldc, const End& end) {
   if constexpr (mr > 0) {
     if (m == mr) return gemm_tile<mr, nv, add>(k, a, a_row, a_col, b, ldb, c, ldc, end);
@@ -78,8 +79,8 @@ EK_INLINE void gemm_rows(int64_t m, int64_t k, const float* a, int64_t a_row, in
   }
 }
 
-template <int nv, bool add, class Meanwhile>
-void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
+template <int nv, bool add, class Operand, class Meanwhile>
+void gemm_columns(int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b, int64_t ldb,
                   float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   // A tile of few rows waits for its own sums and takes as long as a whole one: 8 = 4 + 4 rows, not 6 + 2.
   const int64_t rest = m % MR, whole = m - rest - (m > MR && rest > 0 && rest <= MR / 3 ? MR : 0);
@@ -96,9 +97,9 @@ void gemm_columns(int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a
   }
 }
 
-template <int nv, bool add, class Meanwhile>
-EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
-                         int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
+template <int nv, bool add, class Operand, class Meanwhile>
+EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t a_col,
+                         const Operand* b, int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   if (add || l > 0) {
     gemm_columns<nv, true>(m, k, a, a_row, a_col, b, ldb, c, ldc, end, meanwhile);
   } else {
@@ -109,12 +110,12 @@ EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const float* a, int64_
 // Long sums are sums of partial sums: as accurate as a blocked library's, and B's strip of KC rows stays in the cache.
 constexpr int64_t KC = 128;
 
-template <bool add, class Meanwhile>
-void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-          float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
+template <bool add, class Operand, class Meanwhile>
+void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
+          int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   for (int64_t l = 0; l < k || (l == 0 && !add); l += KC) {
     const int64_t depth = least(KC, k - l);
-    const float *a_l = a + l * a_col, *b_l = b + l * ldb;
+    const Operand *a_l = a + l * a_col, *b_l = b + l * ldb;
     for (int64_t j = 0; j < n; j += NR) {
       if (n - j < NR) {
         for (; j < n; j += W)

@@ -36,6 +36,10 @@ struct Bf16 {
 struct F16 {
   uint16_t bits;
 };
+// Two Bf16, the first in the lower half: what dot products of bfloat16 take. A Vec holds W of them.
+struct __attribute__((packed, aligned(2), may_alias)) Pair {
+  uint32_t bits;
+};
 
 // Returns `call`, in which T is the type of elements of this DType.
 #define BY_DTYPE(dtype, call) \
@@ -97,13 +101,55 @@ EK_INLINE Vec load(const Bf16* p) {
   return (Vec)(__builtin_convertvector(bits, UVec) << 16);
 }
 
-EK_INLINE void store(Bf16* p, Vec x) {  // to the nearest, ties to even, as torch does; a NaN stays one
+EK_INLINE UVec bf16_bits(Vec x) {  // to the nearest, ties to even, as torch does; a NaN stays one
   const UVec bits = (UVec)x;
   const UVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UVec quiet_nan = (bits >> 16) | 0x40;
   const UVec is_nan = (UVec)(x != x);
-  *reinterpret_cast<HVec*>(p) = __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), HVec);
+  return (is_nan & quiet_nan) | (~is_nan & rounded);
 }
+EK_INLINE void store(Bf16* p, Vec x) { *reinterpret_cast<HVec*>(p) = __builtin_convertvector(bf16_bits(x), HVec); }
+
+EK_INLINE Vec load(const Pair* p) { return *reinterpret_cast<const Vec*>(p); }
+EK_INLINE Vec broadcast(const float& x) { return splat(x); }
+EK_INLINE Vec broadcast(const Pair& x) { return (Vec)(UVec{} + x.bits); }
+
+// multiply_add<float>: sum + a · b. multiply_add<Pair>: sum + the two products of each lane's Pairs. side_by_side: lane
+// i's numbers as a Pair; in_a_row: first's numbers as Pairs of neighbours, then second's.
+template <class Operand>
+EK_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
+  return sum + a * b;
+}
+#if defined(__AVX512BF16__) && !defined(EK_LANES)
+constexpr bool has_pairs = true;
+template <>
+EK_INLINE Vec multiply_add<Pair>(Vec sum, Vec a, Vec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+EK_INLINE Vec in_a_row(Vec first, Vec second) { return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+EK_INLINE Vec side_by_side(Vec first, Vec second) {
+  const UVec halves = (UVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+  return (Vec)(halves | (UVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second)) << 16);
+}
+#else
+#if defined(EK_LANES)  // slow, but what runs above is tested on any CPU
+constexpr bool has_pairs = true;
+#else
+constexpr bool has_pairs = false;  // float32 products of what is converted are faster
+#endif
+template <>
+EK_INLINE Vec multiply_add<Pair>(Vec sum, Vec a, Vec b) {
+  const Vec low = (Vec)((UVec)a << 16) * (Vec)((UVec)b << 16);
+  return sum + low + (Vec)((UVec)a & 0xffff0000) * (Vec)((UVec)b & 0xffff0000);
+}
+EK_INLINE Vec in_a_row(Vec first, Vec second) {
+  Bf16 row[2 * W];
+  store(row, first);
+  store(row + W, second);
+  return load(reinterpret_cast<const Pair*>(row));
+}
+EK_INLINE Vec side_by_side(Vec first, Vec second) { return (Vec)(bf16_bits(first) | bf16_bits(second) << 16); }
+#endif
 
 #if defined(__AVX512F__)
 EK_INLINE Vec load(const F16* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }

@@ -26,13 +26,35 @@ struct Rows {
     }
   }
   float* at(int64_t b, int64_t h, int64_t t) { return x.data() + ((b * length + t) * heads + h) * (dim + 3); }
-  Strided strided() {
-    return x.empty() ? Strided{} : Strided{x.data(), length * heads * (dim + 3), dim + 3, heads * (dim + 3)};
+  Strided strided(DType dtype = DType::f32) {
+    if (x.empty()) return {};
+    if (dtype == DType::bf16) to_bf16();
+    return {dtype == DType::f32 ? static_cast<void*>(x.data()) : bf16.data(), length * heads * (dim + 3), dim + 3,
+            heads * (dim + 3)};
+  }
+  // bfloat16 in memory; x has the same numbers.
+  std::vector<uint16_t> bf16;
+  void to_bf16() {
+    bf16.resize(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+      uint32_t bits;
+      std::memcpy(&bits, &x[i], 4);
+      bf16[i] = uint16_t(bits >> 16);  // cut off: any numbers serve
+    }
+    from_bf16();
+  }
+  void from_bf16() {
+    for (size_t i = 0; i < bf16.size(); i++) {
+      const uint32_t bits = uint32_t(bf16[i]) << 16;
+      std::memcpy(&x[i], &bits, 4);
+    }
   }
 };
 
+static double tolerance;
+
 static void check(const char* what, const std::vector<int64_t>& shape, double got, double wanted) {
-  if (naive::close(got, wanted, 2e-5) || got == wanted || failures++ > 20) return;  // ==: infinities
+  if (naive::close(got, wanted, tolerance) || got == wanted || failures++ > 20) return;  // ==: infinities
   std::printf("%s: got %g, wanted %g; shape", what, got, wanted);
   for (int64_t n : shape) std::printf(" %lld", static_cast<long long>(n));
   std::printf("\n");
@@ -41,8 +63,9 @@ static void check(const char* what, const std::vector<int64_t>& shape, double go
 static std::vector<double> zeros(int64_t n) { return std::vector<double>(static_cast<size_t>(n)); }
 
 static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int64_t lq, int64_t lk, int64_t d,
-                    int64_t dv, int holes) {
+                    int64_t dv, int holes, DType dtype) {
   const int64_t batch = 2, heads = group * kv_heads;
+  tolerance = dtype == DType::f32 ? 2e-5 : 8e-3;
   const std::vector<int64_t> shape = {group, kv_heads, lq, lk, d, dv, holes};
   Rows q(batch, lq, heads, d, 0), k(batch, lk, kv_heads, d, 0), v(batch, lk, kv_heads, dv, 0),
       d_out(batch, lq, heads, dv, 0);
@@ -55,10 +78,10 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
   p.kv_heads = kv_heads;
   p.dim = d;
   p.dim_v = dv;
-  p.dtype = DType::f32;
+  p.dtype = dtype;
   p.scale_number = 0.7f;
-  p.query = q.strided(), p.key = k.strided(), p.value = v.strided(), p.out = out.strided(), p.d_out = d_out.strided();
-  p.d_query = dq.strided(), p.d_key = dk.strided(), p.d_value = dvalue.strided();
+  p.out = out.strided(dtype), p.d_out = d_out.strided(dtype);
+  p.d_query = dq.strided(dtype), p.d_key = dk.strided(dtype), p.d_value = dvalue.strided(dtype);
   p.temperature = tau.strided(), p.d_lse = d_lse.strided(), p.lse = lse.strided();
   p.d_temperature = d_tau.strided(), p.d_scale = d_scale.strided();
 
@@ -80,6 +103,7 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t i = 0; i < lq; i++) *tau.at(b, h, i) += 0.6f;  // in [0.1, 1.1]
     }
+    p.query = q.strided(dtype), p.key = k.strided(dtype), p.value = v.strided(dtype);
     const AttentionSequence s = {b,
                                  0,
                                  lq,
@@ -96,6 +120,7 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
       variant.attention.forward(p, {&s, 1, 1, 0, i, 0, kv_heads}, nullptr, scratch.get());
     std::memset(scratch.get(), 0xff, floats * 4);
     variant.attention.backward(p, {&s, 1, 1, 0, 0, 0, kv_heads}, nullptr, scratch.get());
+    for (Rows* rows : {&out, &dq, &dk, &dvalue}) rows->from_bf16();
 
     for (int64_t h = 0; h < kv_heads; h++) {
       std::vector<double> want_dk = zeros(lk * d), want_dv = zeros(lk * dv);
@@ -145,15 +170,17 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
 int main() {
   return naive::for_variants([](const Variant& variant) {
     failures = 0;
-    for (int holes = 0; holes < 3; holes++) {
-      for (int64_t n : {1, 2, 7, 16, 33}) compare(variant, 1, 2, n, n, 8, 8, holes);
-      compare(variant, 2, 2, 13, 29, 24, 40, holes);
-      compare(variant, 3, 1, 70, 9, 256, 8, holes);
-      compare(variant, 1, 1, 5, 400, 8, 256, holes);
-      compare(variant, 4, 1, 250, 67, 16, 8, holes);
+    for (DType dtype : {DType::f32, DType::bf16}) {
+      for (int holes = 0; holes < 3; holes++) {
+        for (int64_t n : {1, 2, 7, 16, 33}) compare(variant, 1, 2, n, n, 8, 8, holes, dtype);
+        compare(variant, 2, 2, 13, 29, 24, 40, holes, dtype);
+        compare(variant, 3, 1, 70, 9, 256, 8, holes, dtype);
+        compare(variant, 1, 1, 5, 400, 8, 256, holes, dtype);
+        compare(variant, 4, 1, 250, 67, 16, 8, holes, dtype);
+      }
+      compare(variant, 1, 1, 1, 0, 8, 8, 0, dtype);
+      compare(variant, 1, 1, 0, 3, 8, 8, 0, dtype);
     }
-    compare(variant, 1, 1, 1, 0, 8, 8, 0);
-    compare(variant, 1, 1, 0, 3, 8, 8, 0);
     naive::report(variant.name + " attention", failures == 0);
   });
 }
