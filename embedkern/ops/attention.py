@@ -72,7 +72,7 @@ def attention(
     if chosen.forward is None:
         out, lse = reference.attention(**call)
     else:
-        out, lse = AttentionFunction.apply(*common.distinct(call.values()), return_lse, chosen)
+        out, lse = common.applied(AttentionFunction, (*call.values(), return_lse, chosen))
     return (out, lse) if return_lse else out
 
 
@@ -116,7 +116,7 @@ def attention_varlen(
     if chosen.forward is None:
         out, lse = reference.attention_varlen(**call)
     else:
-        out, lse = AttentionVarlenFunction.apply(*common.distinct(_with_max_seqlens(call)), return_lse, chosen)
+        out, lse = common.applied(AttentionVarlenFunction, (*_with_max_seqlens(call), return_lse, chosen))
     return (out, lse) if return_lse else out
 
 
@@ -461,7 +461,7 @@ def _forward(
     softcap: float | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """places: key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k."""
+    """ctx is None where no gradient is wanted. places: key_lengths, key_mask, cu_seqlens_q, cu_seqlens_k."""
     tau, tau_number = (temperature.float(), 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
     if isinstance(scale, Tensor):
         factor, factor_number = scale.float(), 1.0
@@ -472,11 +472,12 @@ def _forward(
         terms[1] = terms[1].contiguous()
     seed = reference.draw_seed(query) if dropout_p > 0 else None
     numbers = causal, *(window or (-1, -1)), float(softcap or 0), float(dropout_p)
-    ctx.set_materialize_grads(False)
-    ctx.backend = backend
-    ctx.numbers = tau_number, factor_number, numbers
-    ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (bias, relative_bias, temperature, scale)]
-    ctx.save_for_backward(query, key, value, *places, mask, *terms, tau, factor, seed)
+    if ctx is not None:
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.numbers = tau_number, factor_number, numbers
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (bias, relative_bias, temperature, scale)]
+        ctx.save_for_backward(query, key, value, *places, mask, *terms, tau, factor, seed)
     return backend.forward(
         query, key, value, *places, mask, *terms, tau, tau_number, factor, factor_number, *numbers, seed
     )  # fmt: skip
