@@ -117,6 +117,8 @@ struct InfoNCEColumns {
   float* unit;              // (count, stride): d̂
   float* norm;              // (count)
   float* sum;               // (stride): Σ_j d̂_j; null without smoothing
+  float* pairs;             // ((count + 1) / 2, padded_dim): where products take Pairs, those of rows 2j and 2j + 1
+  float* factor;            // (count): with pairs, d̂ is this times the vector
 };
 
 // Rows' queries, or their positive documents, against a set of columns. Column j is a row's own if j ≡ its key modulo
@@ -183,11 +185,14 @@ struct InfoNCEParams {
   // Of a panel: rows panel_begin to panel_end. Groups of infonce_rows of them stand together.
   int64_t panel_begin, panel_end;
   float* unit_anchors[2];  // (panel, stride): q̂ / τ, and the positives'
-  float* row_max[2];       // (panel) of each softmax
-  float* row_scale[2];     // (panel): d_loss / Σ_j exp(z_ij - row_max)
-  float* row_spread[2];    // (panel): d_loss times the target weight of each visible column
-  float* row_share[2];     // (panel): the same, in addition, of each column with the row's label
-  float* positive_scale;   // (panel): the derivative by the positive's z
+  bool paired;  // products take Pairs of the vectors themselves, bfloat16, and factors make unit vectors of them
+  float* anchor_pairs[2];   // (panel / 2, padded_dim): of rows 2i and 2i + 1
+  float* anchor_factor[2];  // (panel): q̂ / τ is this times the vector
+  float* row_max[2];        // (panel) of each softmax
+  float* row_scale[2];      // (panel): d_loss / Σ_j exp(z_ij - row_max)
+  float* row_spread[2];     // (panel): d_loss times the target weight of each visible column
+  float* row_share[2];      // (panel): the same, in addition, of each column with the row's label
+  float* positive_scale;    // (panel): the derivative by the positive's z
 };
 
 }  // namespace ek

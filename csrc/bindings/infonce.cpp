@@ -181,11 +181,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   const auto keep = [&](bool wants, float*& data, std::vector<int64_t> shape) {
     scratch.push_back(wanted(wants, data, std::move(shape)));
   };
+  const ek::InfoNCEKernels& kernels = ek::variant().infonce;
+  const auto multiplies = [](const InfoNCEVectors& x) { return x.dtype == ek::DType::bf16 && x.stride % 2 == 0; };
+  // Not where τ's gradient comes from d_queries: rounded exponentials would show in it.
+  p.paired = kernels.pairs && p.levels == 0 && p.dim % 2 == 0 && !(d_temperature && by_product) &&
+             multiplies(of_documents.vectors) && multiplies(of_queries.vectors) &&
+             (!positives || multiplies(p.positives));
   for (int64_t set = 0; set < 2; set++) {
     InfoNCEColumns& of_set = p.columns[set];
     const bool seen = set == 0 || to_queries;
     keep(seen, of_set.unit, {of_set.count, p.stride});
     keep(seen, of_set.norm, {of_set.count});
+    keep(seen && p.paired, of_set.pairs, {blocks_of(of_set.count, 2), p.padded_dim});
+    keep(seen && p.paired, of_set.factor, {of_set.count});
     keep(seen && label_smoothing != 0, of_set.sum, {p.stride});
   }
   for (int64_t i = 0; i < p.passes; i++) {
@@ -201,7 +209,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     keep(set.gradient, pass.exponentials, {groups, set.count, ek::infonce_rows});
     keep(set.gradient, pass.block_max, {groups, blocks_of(set.count, ek::infonce_block), ek::infonce_rows});
   }
-  for (int64_t kind = 0; kind < p.anchors; kind++) keep(true, p.unit_anchors[kind], {panel, p.stride});
+  for (int64_t kind = 0; kind < p.anchors; kind++) {
+    keep(true, p.unit_anchors[kind], {panel, p.stride});
+    keep(p.paired, p.anchor_pairs[kind], {panel / 2, p.padded_dim});
+    keep(p.paired, p.anchor_factor[kind], {panel});
+  }
   float* of_rows = nullptr;
   keep(true, of_rows, {9, panel});
   for (int64_t part = 0; part < 2; part++) {
@@ -212,7 +224,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   }
   p.positive_scale = of_rows + 8 * panel;
 
-  const ek::InfoNCEKernels& kernels = ek::variant().infonce;
   if (guide_queries && guide_documents) {
     p.guide_dim = guide_queries->size(1);
     p.guide_stride = ek::infonce_stride(p.guide_dim);

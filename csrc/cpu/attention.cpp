@@ -114,7 +114,7 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
   }
   if constexpr (paired<T>) {
     float* pairs = scratch.take((n + 1) / 2 * dim_v);
-    pair_rows(v.x, n, p.dim_v, pairs);
+    pair_rows(elements<T>(v.x), 2 * v_words, n, p.dim_v, pairs, dim_v);
     v = {pairs, dim_v};
   }
   for (int64_t start = chunk * attention_chunk; start < end; start += block) {
@@ -217,7 +217,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   [[maybe_unused]] float *panel = nullptr, *q_pairs = nullptr, *d_out_pairs = nullptr;  // where products take Pairs
   if constexpr (paired<T>) {
     float* pairs = scratch.take((n + 1) / 2 * dim);
-    pair_rows(k.x, n, p.dim, pairs);
+    pair_rows(elements<T>(k.x), 2 * k_words, n, p.dim, pairs, dim);
     k = {pairs, dim};
     q_pairs = scratch.take((block + 1) / 2 * dim);
     d_out_pairs = scratch.take((block + 1) / 2 * dim_v);
@@ -234,7 +234,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
 
   for (int64_t start = begin; start < end; start += block) {
     const int64_t m = least(block, end - start);
-    const bool add = start > begin || bounded, d_q_direct = direct && p.d_query.data;
+    const bool add = start > begin, d_q_direct = direct && p.d_query.data;
     Row row(p, s, kv_head, start);
     if (d_q_direct) d_q = {row.in<float>(p.d_query), p.d_query.stride_t};
     if (n == 0) {
@@ -258,7 +258,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
     Panel right = d_out;  // of products over rows: weights · reciprocal · d_out, here with the factor in d_out
     if constexpr (paired<T>) {
       pair_scores(weights, m, range.n, ld, reciprocal, panel);
-      pair_rows(d_out.x, m, p.dim_v, d_out_pairs);
+      pair_rows(elements<T>(d_out.x), 2 * d_out_words, m, p.dim_v, d_out_pairs, dim_v);
       weights = panel;
       right = {d_out_pairs, dim_v};
     }
@@ -296,7 +296,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       right = b.q;
       if constexpr (paired<T>) {
         pair_scores(d_scores, m, range.n, ld, nullptr, panel);
-        pair_rows(b.q.x, m, p.dim, q_pairs);
+        pair_rows(elements<T>(b.q.x), 2 * b.q.ld, m, p.dim, q_pairs, dim);
         left = panel;
         right = {q_pairs, dim};
       }

@@ -3,7 +3,7 @@
 #include <type_traits>
 
 #include "attention.h"
-#include "simd.h"
+#include "pairs.h"
 
 namespace ek::EK_VARIANT {
 namespace {
@@ -151,46 +151,6 @@ void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float*
       const float times = factor ? factor[i] : 1;
       for (int64_t c = 0; c < dim; c += W) store(to + i * ld + c, load_at(from, c, dim) * times);
     }
-  }
-}
-
-// Gathered Bf16 rows (n, dim) → Pairs of row 2i and row 2i + 1 at row i, round_up(dim, W) apart: what a product over
-// rows reads. After an odd row come zeros.
-inline void pair_rows(const float* rows, int64_t n, int64_t dim, float* to) {
-  const int64_t ld = 2 * row_words<Bf16>(dim), columns = round_up(dim, W);
-  const Bf16* x = reinterpret_cast<const Bf16*>(rows);
-  for (int64_t i = 0; i < n; i += 2, x += 2 * ld, to += columns) {
-    for (int64_t c = 0; c < columns; c += W) {
-      const UVec first = (UVec)load(x + c) >> 16, second = i + 1 < n ? (UVec)load(x + ld + c) : UVec{};
-      store(to + c, (Vec)(first | second));
-    }
-  }
-}
-
-// Scores (m, n), rows ld apart, each times its factor (null: 1) → Pairs of row 2i and row 2i + 1, rows ld apart.
-inline void pair_scores(const float* x, int64_t m, int64_t n, int64_t ld, const float* factor, float* to) {
-  for (int64_t i = 0; i < m; i += 2, x += 2 * ld, to += ld) {
-    const bool alone = i + 1 == m;
-    const float first = factor ? factor[i] : 1, second = alone ? 0 : factor ? factor[i + 1] : 1;
-    for (int64_t j = 0; j < n; j += W) {
-      store(to + j, side_by_side(load(x + j) * first, alone ? Vec{} : load(x + ld + j) * second));
-    }
-  }
-}
-
-// Scores (m, n), rows ld apart → Pairs of neighbours, rows to_ld apart; `to` may be x. excess, where it isn't null,
-// gets what rounding adds to each row's sum.
-inline void pair_neighbours(const float* x, int64_t m, int64_t n, int64_t ld, float* excess, float* to, int64_t to_ld) {
-  for (int64_t i = 0; i < m; i++) {
-    Vec total{};
-    for (int64_t j = 0; j < n; j += 2 * W) {
-      const Vec first = load(x + i * ld + j), second = j + W < n ? load(x + i * ld + j + W) : Vec{};
-      const Vec pairs = in_a_row(first, second);
-      store(to + i * to_ld + j / 2, pairs);
-      const Vec rounded = (Vec)((UVec)pairs << 16) + (Vec)((UVec)pairs & 0xffff0000);
-      if (excess) total += rounded - (first + second);
-    }
-    if (excess) excess[i] += sum_lanes(total);
   }
 }
 

@@ -12,13 +12,15 @@ namespace {
 constexpr int MR = W == 16 ? 12 : 6, NV = 2;  // 24 of AVX-512's 32 registers accumulate, 12 of AVX2's and SSE's 16
 constexpr int NR = NV * W;
 
-// What a finished tile gets: factor, where it isn't null, has what each row of A · B is multiplied by. stream: it goes
-// past the caches to C, whose rows are aligned to vectors.
+// What a finished tile gets: factor and column_factor, where they aren't null, have what each row and each column of
+// A · B is multiplied by. stream: it goes past the caches to C, whose rows are aligned to vectors.
 struct End {
   const float* factor = nullptr;
   bool stream = false;
+  const float* column_factor = nullptr;
 
-  EK_INLINE End from_row(int64_t i) const { return {factor ? factor + i : nullptr, stream}; }
+  EK_INLINE End from_row(int64_t i) const { return {factor ? factor + i : nullptr, stream, column_factor}; }
+  EK_INLINE End from_column(int64_t j) const { return {factor, stream, column_factor ? column_factor + j : nullptr}; }
 };
 
 struct Nothing {
@@ -52,6 +54,12 @@ EK_INLINE void gemm_tile(int64_t k, const Operand* a, int64_t a_row, int64_t a_c
     for (int i = 0; i < mr; i++)
 #pragma GCC unroll 4
       for (int j = 0; j < nv; j++) sums[i][j] *= end.factor[i];
+  }
+  if (end.column_factor) {
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < nv; j++) sums[i][j] *= load(end.column_factor + j * W);
   }
   if (!add && end.stream) {
 #pragma GCC unroll 16
@@ -119,17 +127,17 @@ void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int6
     for (int64_t j = 0; j < n; j += NR) {
       if (n - j < NR) {
         for (; j < n; j += W)
-          gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end, meanwhile);
+          gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j), meanwhile);
       } else {
-        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end, meanwhile);
+        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j), meanwhile);
       }
     }
   }
 }
 
-template <bool add>
-void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-          float* c, int64_t ldc) {
+template <bool add, class Operand>
+void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
+          int64_t ldb, float* c, int64_t ldc) {
   Nothing nothing;
   gemm<add>(m, n, k, a, a_row, a_col, b, ldb, c, ldc, {}, nothing);
 }

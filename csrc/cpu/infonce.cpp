@@ -18,6 +18,12 @@ void normalise(const InfoNCEParams& p, int64_t set, int64_t block) {
     load_row(columns.vectors, j * columns.vectors.stride, p.dim, unit);
     for (int64_t c = round_up(p.dim, W); c < p.stride; c++) unit[c] = 0;
     columns.norm[j] = make_unit(p, unit, p.dim);
+    if (p.paired) columns.factor[j] = unit_factor(p, columns.norm[j]);
+  }
+  if (p.paired) {
+    const int64_t first = block * block_size;
+    pair_rows(bf16_row(columns.vectors, first), columns.vectors.stride, least(block_size, columns.count - first), p.dim,
+              columns.pairs + first / 2 * p.padded_dim, p.padded_dim);
   }
 }
 
@@ -201,7 +207,11 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
       } else {
         exponentials<false>(p, g, pass.part, n, z);
       }
-      if (p.sum_anchors[pass.anchors]) {
+      if (p.sum_anchors[pass.anchors] && p.paired) {
+        pair_scores(z, n, g.width, G, columns.factor + first, space.pairs);
+        gemm<true>(g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
+                   as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
+      } else if (p.sum_anchors[pass.anchors]) {
         gemm<true>(g.count, p.padded_dim, n, z, 1, G, columns.unit + first * p.stride, p.stride, a.d, p.stride);
       }
       for (int64_t i = 0; pass.exponentials && i < G; i++) {
@@ -216,7 +226,8 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
   for (int64_t i = 0; i < g.count; i++) finish_row(p, g, i, z_negatives, row, space.d_row);
 }
 
-// dz (n, G) of a group's rows by n columns of a pass, from their exponentials.
+// dz (n, G) of a group's rows by n columns of a pass, from their exponentials; in Pairs' products times the rows'
+// factor.
 void logit_gradients(const InfoNCEParams& p, const InfoNCEPass& pass, int64_t group, int64_t first, int64_t n,
                      float* dz) {
   const InfoNCEColumns& columns = p.columns[pass.columns];
@@ -230,6 +241,10 @@ void logit_gradients(const InfoNCEParams& p, const InfoNCEPass& pass, int64_t gr
     store(by + v, load_at(p.row_scale[pass.part] + begin, v, count) * exp(load(block_max + v) - max));
     store(spread + v, load_at(p.row_spread[pass.part] + begin, v, count));
     store(share + v, load_at(p.row_share[pass.part] + begin, v, count));
+  }
+  const float* factor = p.paired ? p.anchor_factor[pass.anchors] + begin : nullptr;
+  for (int64_t v = 0; factor && v < count; v += W) {
+    for (float* x : {by, spread, share}) store(x + v, load(x + v) * load(factor + v));
   }
   for (int64_t j = 0; j < n; j++) {
     for (int64_t v = 0; v < count; v += W) store(dz + j * G + v, load(by + v) * load(e + j * G + v));
@@ -256,7 +271,18 @@ void logit_gradients(const InfoNCEParams& p, const InfoNCEPass& pass, int64_t gr
   }
   for (int64_t i = 0; &pass == p.pass && i < count; i++) {
     const int64_t j = p.targets[p.panel_begin + begin + i] - first;
-    if (j >= 0 && j < n) dz[j * G + i] = p.positive_scale[begin + i];
+    if (j >= 0 && j < n) dz[j * G + i] = p.positive_scale[begin + i] * (factor ? factor[i] : 1);
+  }
+}
+
+// d (n, dim) = or += dz (n, G) · rows (m, dim)
+template <class Operand>
+void add_product(bool add, int64_t n, int64_t dim, int64_t m, const Operand* dz, const Operand* rows, int64_t stride,
+                 float* d) {
+  if (add) {
+    gemm<true>(n, dim, m, dz, G, 1, rows, stride, d, dim);
+  } else {
+    gemm<false>(n, dim, m, dz, G, 1, rows, stride, d, dim);
   }
 }
 
@@ -271,12 +297,13 @@ void columns(const InfoNCEParams& p, int64_t set, int64_t block, float* dz) {
     for (int64_t number = 0; number < p.passes; number++) {
       const InfoNCEPass& pass = p.pass[number];
       if (pass.columns != set) continue;
-      const float* unit = p.unit_anchors[pass.anchors] + begin * p.stride;
       logit_gradients(p, pass, begin / G, first, n, dz);
-      if (empty) {
-        gemm<false>(n, p.padded_dim, count, dz, G, 1, unit, p.stride, d, p.padded_dim);
+      if (p.paired) {
+        pair_neighbours(dz, n, count, G, nullptr, dz, G);
+        add_product(!empty, n, p.padded_dim, (count + 1) / 2, as_pairs(dz),
+                    as_pairs(p.anchor_pairs[pass.anchors]) + begin / 2 * p.padded_dim, p.padded_dim, d);
       } else {
-        gemm<true>(n, p.padded_dim, count, dz, G, 1, unit, p.stride, d, p.padded_dim);
+        add_product(!empty, n, p.padded_dim, count, dz, p.unit_anchors[pass.anchors] + begin * p.stride, p.stride, d);
       }
       empty = false;
     }
@@ -298,7 +325,7 @@ void add_anchors(const InfoNCEParams& p) {
 }  // namespace
 
 extern const InfoNCEKernels infonce;  // without this line a const is private to the file
-const InfoNCEKernels infonce = {normalise,   column_sum,    guide,       rows,          columns,
-                                add_anchors, prefix_ratios, prefix_rows, prefix_columns};
+const InfoNCEKernels infonce = {normalise,   column_sum,    guide,       rows,           columns,
+                                add_anchors, prefix_ratios, prefix_rows, prefix_columns, has_pairs};
 
 }  // namespace ek::EK_VARIANT

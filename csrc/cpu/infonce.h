@@ -16,8 +16,8 @@ constexpr int64_t infonce_stride(int64_t dim) { return ((dim + 15) / 16 | 1) * 1
 // One task's of `rows`: what grows with the anchors, the sums that smoothing and several positives need, the rest.
 constexpr int64_t infonce_scratch_floats(const InfoNCEParams& p) {
   const int64_t sums = p.label_smoothing != 0 || p.same_positive ? 2 : 0;
-  return infonce_rows *
-             (p.anchors * (p.dim + (1 + sums) * p.stride + p.guide_dim) + p.k + (p.levels ? 3 : 2) * infonce_block) +
+  return infonce_rows * (p.anchors * (p.dim + (1 + sums) * p.stride + p.guide_dim) + p.k +
+                         (p.levels ? 3 : 2) * infonce_block + (p.paired ? infonce_block / 2 : 0)) +
          3 * p.stride;
 }
 
@@ -35,6 +35,7 @@ struct InfoNCEKernels {
   void (*prefix_ratios)(const InfoNCEParams&, int64_t block);
   void (*prefix_rows)(const InfoNCEParams&, int64_t group, float* scratch);
   void (*prefix_columns)(const InfoNCEParams&, int64_t block);
+  bool pairs;  // does this variant multiply bfloat16?
 };
 
 }  // namespace ek

@@ -2,6 +2,7 @@
 #pragma once
 #include "gemm.h"
 #include "infonce.h"
+#include "pairs.h"
 
 namespace ek::EK_VARIANT {
 namespace {
@@ -48,7 +49,9 @@ struct Part {
 // What a kind of row vectors has of its own: q̂ / τ, or the positives'.
 struct Anchors {
   float* unit;        // (G, stride)
-  float* transposed;  // (dim, G)
+  float* transposed;  // (dim, G), or Pairs (dim / 2, G) of the vectors themselves
+  float* pairs;       // (G / 2, padded_dim); null where products are float32
+  float* factor;      // (G)
   float* d;           // (G, stride): Σ_j exp(z_ij - max) d̂_j
   float* hidden;      // (G, stride): Σ of the columns that are out; null without smoothing
   float* same;        // (G, stride): Σ of those with the row's label; null unless they are positives
@@ -104,13 +107,24 @@ void write_gradient(const InfoNCEParams& p, const float* d, const float* unit, f
 }
 
 // to (n, width) = columns (n, dim) · rows (dim, G): the same sums in the same order wherever a vector stands.
-void product(int64_t n, int64_t width, int64_t dim, const float* columns, int64_t stride, const float* rows,
-             float* to) {
-  gemm<false>(n, width, least(depth, dim), columns, stride, 1, rows, G, to, G);
+template <class Operand>
+void product(int64_t n, int64_t width, int64_t dim, const Operand* columns, int64_t stride, const Operand* rows,
+             float* to, const End& end = {}) {
+  Nothing nothing;
+  gemm<false>(n, width, least(depth, dim), columns, stride, 1, rows, G, to, G, end, nothing);
   for (int64_t c = depth; c < dim; c += depth) {
-    gemm<true>(n, width, least(depth, dim - c), columns + c, stride, 1, rows + c * G, G, to, G);
+    gemm<true>(n, width, least(depth, dim - c), columns + c, stride, 1, rows + c * G, G, to, G, end, nothing);
   }
 }
+
+const Pair* as_pairs(const float* x) { return reinterpret_cast<const Pair*>(x); }
+
+const Bf16* bf16_row(const InfoNCEVectors& vectors, int64_t row) {
+  return static_cast<const Bf16*>(vectors.data) + row * vectors.stride;
+}
+
+// What makes a unit vector of one whose norm this is.
+float unit_factor(const InfoNCEParams& p, float norm) { return !p.cosine ? 1 : norm < eps ? 1 / eps : 1 / norm; }
 
 const float* positive_of(const InfoNCEParams& p, int64_t row, float* buffer, float* norm) {
   if (!p.positives.data) {
@@ -120,6 +134,24 @@ const float* positive_of(const InfoNCEParams& p, int64_t row, float* buffer, flo
   load_row(p.positives, row * p.positives.stride, p.dim, buffer);
   *norm = make_unit(p, buffer, p.dim);
   return buffer;
+}
+
+void load_pairs(const InfoNCEParams& p, Group& g, int64_t kind) {
+  Anchors& a = g.anchors[kind];
+  const Bf16* rows[G];
+  for (int64_t i = 0; i < G; i++) {
+    rows[i] = i >= g.count       ? nullptr
+              : kind == 0        ? bf16_row(p.columns[1].vectors, p.offset + g.first + i)
+              : p.positives.data ? bf16_row(p.positives, g.first + i)
+                                 : bf16_row(p.columns[0].vectors, g.target[i]);
+    const Pair* words = reinterpret_cast<const Pair*>(rows[i]);
+    Pair* transposed = reinterpret_cast<Pair*>(a.transposed) + i;
+    for (int64_t c = 0; c < p.dim / 2; c++) transposed[c * G] = words ? words[c] : Pair{0};
+    a.factor[i] = unit_factor(p, a.norm[i]) / g.tau[i];
+  }
+  for (int64_t i = 0; i < G; i += 2) {
+    pair_two(rows[i], rows[i + 1], p.dim, a.pairs + i / 2 * p.padded_dim, p.padded_dim);
+  }
 }
 
 void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
@@ -141,11 +173,12 @@ void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
       const InfoNCEColumns& like = p.columns[kind == 0];
       if (like.labels) a.labels.set(i, like.labels[kind == 0 ? query : g.target[i]]);
     }
-    for (int64_t c = 0; c < p.dim; c++) a.transposed[c * G + i] = i < g.count ? unit[c] : 0;
+    for (int64_t c = 0; !p.paired && c < p.dim; c++) a.transposed[c * G + i] = i < g.count ? unit[c] : 0;
     for (int64_t c = 0; p.sum_anchors[kind] && c < p.stride; c++) a.d[i * p.stride + c] = 0;
     for (int64_t c = 0; a.hidden && c < p.stride; c++) a.hidden[i * p.stride + c] = 0;
     for (int64_t c = 0; a.same && c < p.stride; c++) a.same[i * p.stride + c] = 0;
   }
+  if (p.paired) load_pairs(p, g, kind);
 }
 
 // The guide's vectors of the rows, and what a column's similarity may not exceed: the positive's, by the same product
@@ -172,7 +205,7 @@ void load_guide(const InfoNCEParams& p, Group& g) {
 
 // A group's rows, before any column; `space` is what its task has of scratch.
 struct Space {
-  float *z_negatives, *tile, *guide_tile, *level_tile, *row, *d_row;
+  float *z_negatives, *tile, *guide_tile, *level_tile, *pairs, *row, *d_row;
 };
 
 void begin_group(const InfoNCEParams& p, int64_t group, float* scratch, Group& g, Space& space) {
@@ -183,6 +216,8 @@ void begin_group(const InfoNCEParams& p, int64_t group, float* scratch, Group& g
   for (int64_t kind = 0; kind < p.anchors; kind++) {
     Anchors& a = g.anchors[kind];
     a.unit = p.unit_anchors[kind] + group * G * p.stride;
+    a.pairs = p.paired ? p.anchor_pairs[kind] + group * G / 2 * p.padded_dim : nullptr;
+    a.factor = p.paired ? p.anchor_factor[kind] + group * G : nullptr;
     a.transposed = take_floats(p.dim * G);
     a.d = take_floats(G * p.stride);
     a.guide = take_floats(p.guide_dim * G);
@@ -194,6 +229,7 @@ void begin_group(const InfoNCEParams& p, int64_t group, float* scratch, Group& g
   space.tile = take_floats(block_size * G);
   space.guide_tile = take_floats(block_size * G);
   space.level_tile = take_floats(p.levels ? block_size * G : 0);
+  space.pairs = take_floats(p.paired ? block_size / 2 * G : 0);
   space.row = take_floats(p.stride);
   space.d_row = take_floats(p.stride);
   for (int64_t i = 0; i < G; i++) {

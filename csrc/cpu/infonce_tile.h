@@ -109,8 +109,14 @@ void hide_own(const InfoNCEParams& p, int64_t number, const Group& g, int64_t fi
 // z (n, G) of n columns: the product, then the hooks; what is apart or hidden becomes -inf.
 void logits(const InfoNCEParams& p, int64_t number, Group& g, int64_t first, int64_t n, float* z, float* guide) {
   const InfoNCEPass& pass = p.pass[number];
-  product(n, g.width, p.dim, p.columns[pass.columns].unit + first * p.stride, p.stride,
-          g.anchors[pass.anchors].transposed, z);
+  const InfoNCEColumns& columns = p.columns[pass.columns];
+  const Anchors& a = g.anchors[pass.anchors];
+  if (p.paired) {
+    product(n, g.width, p.dim / 2, reinterpret_cast<const Pair*>(bf16_row(columns.vectors, first)),
+            columns.vectors.stride / 2, as_pairs(a.transposed), z, {columns.factor + first, false, a.factor});
+  } else {
+    product(n, g.width, p.dim, columns.unit + first * p.stride, p.stride, a.transposed, z);
+  }
   if (p.hooks) {
     apply_hooks(p, number, pass.part, g, first, n, z, guide_tile(p, pass, g, first, n, guide));
   } else {

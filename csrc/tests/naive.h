@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -23,6 +24,26 @@ inline std::vector<float> random(size_t n, unsigned seed) {
   std::vector<float> values(n);
   for (float& value : values) value = normal(generator);
   return values;
+}
+
+// In bfloat16, cut off; `values` are the same numbers afterwards.
+inline std::vector<uint16_t> as_bf16(std::vector<float>& values) {
+  std::vector<uint16_t> halves(values.size());
+  for (size_t i = 0; i < values.size(); i++) {
+    uint32_t bits;
+    std::memcpy(&bits, &values[i], 4);
+    halves[i] = uint16_t(bits >> 16);
+    bits &= 0xffff0000;
+    std::memcpy(&values[i], &bits, 4);
+  }
+  return halves;
+}
+
+inline void from_bf16(const std::vector<uint16_t>& halves, std::vector<float>& values) {
+  for (size_t i = 0; i < halves.size(); i++) {
+    const uint32_t bits = uint32_t(halves[i]) << 16;
+    std::memcpy(&values[i], &bits, 4);
+  }
 }
 
 inline bool close(double got, double wanted, double tolerance = 1e-5) {

@@ -28,27 +28,11 @@ struct Rows {
   float* at(int64_t b, int64_t h, int64_t t) { return x.data() + ((b * length + t) * heads + h) * (dim + 3); }
   Strided strided(DType dtype = DType::f32) {
     if (x.empty()) return {};
-    if (dtype == DType::bf16) to_bf16();
+    if (dtype == DType::bf16) bf16 = naive::as_bf16(x);
     return {dtype == DType::f32 ? static_cast<void*>(x.data()) : bf16.data(), length * heads * (dim + 3), dim + 3,
             heads * (dim + 3)};
   }
-  // bfloat16 in memory; x has the same numbers.
-  std::vector<uint16_t> bf16;
-  void to_bf16() {
-    bf16.resize(x.size());
-    for (size_t i = 0; i < x.size(); i++) {
-      uint32_t bits;
-      std::memcpy(&bits, &x[i], 4);
-      bf16[i] = uint16_t(bits >> 16);  // cut off: any numbers serve
-    }
-    from_bf16();
-  }
-  void from_bf16() {
-    for (size_t i = 0; i < bf16.size(); i++) {
-      const uint32_t bits = uint32_t(bf16[i]) << 16;
-      std::memcpy(&x[i], &bits, 4);
-    }
-  }
+  std::vector<uint16_t> bf16;  // what kernels see of x with that type
 };
 
 static double tolerance;
@@ -120,7 +104,7 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
       variant.attention.forward(p, {&s, 1, 1, 0, i, 0, kv_heads}, nullptr, scratch.get());
     std::memset(scratch.get(), 0xff, floats * 4);
     variant.attention.backward(p, {&s, 1, 1, 0, 0, 0, kv_heads}, nullptr, scratch.get());
-    for (Rows* rows : {&out, &dq, &dk, &dvalue}) rows->from_bf16();
+    for (Rows* rows : {&out, &dq, &dk, &dvalue}) naive::from_bf16(rows->bf16, rows->x);
 
     for (int64_t h = 0; h < kv_heads; h++) {
       std::vector<double> want_dk = zeros(lk * d), want_dv = zeros(lk * dv);

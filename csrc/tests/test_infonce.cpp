@@ -3,7 +3,7 @@
 
 namespace {
 
-constexpr int64_t n = 53, m = 150, k = 2, dim = 37, padded_dim = 48, panel = 48, groups = 1;
+constexpr int64_t n = 53, m = 150, k = 2, dim = 38, padded_dim = 48, panel = 48, groups = 1;
 constexpr int64_t blocks = (m + ek::infonce_block - 1) / ek::infonce_block;
 const float nan = std::nanf("");
 
@@ -25,16 +25,18 @@ struct Unit {
     for (size_t c = 0; c < dim; c++) sum += u[c] * other[c];
     return sum;
   }
-  bool has_gradient(const float* got, const std::vector<double>& d_unit, bool cosine) const {
+  bool has_gradient(const float* got, const std::vector<double>& d_unit, bool cosine, double tolerance) const {
     bool right = true;
     const double along = cosine ? dot(d_unit) : 0;
-    for (size_t c = 0; c < dim; c++) right &= naive::close(got[c], (d_unit[c] - u[c] * along) / norm, 2e-5);
+    for (size_t c = 0; c < dim; c++) right &= naive::close(got[c], (d_unit[c] - u[c] * along) / norm, tolerance);
     return right;
   }
 };
 
 struct Example {
   bool cosine, with_positives, soft;  // soft: documents with the query's label are positives, and label smoothing
+  ek::DType dtype;
+  std::vector<uint16_t> bf16[4];
   std::vector<float> queries = naive::random(n * dim, 1), documents = naive::random(m * dim, 2);
   std::vector<float> negatives = naive::random(n * k * dim, 3), positives = naive::random(n * dim, 4);
   std::vector<float> temperature = unwritten(n), d_loss = naive::random(n, 5);
@@ -44,8 +46,8 @@ struct Example {
   std::vector<float> d_temperature = unwritten(n);
   ek::InfoNCEParams p{};
 
-  Example(bool with_cosine, bool positives_given, bool soft_targets)
-      : cosine(with_cosine), with_positives(positives_given), soft(soft_targets) {
+  Example(bool with_cosine, bool positives_given, bool soft_targets, ek::DType of_vectors)
+      : cosine(with_cosine), with_positives(positives_given), soft(soft_targets), dtype(of_vectors) {
     for (int64_t i = 0; i < n; i++) {
       temperature[size_t(i)] = 0.3f + 0.02f * float(i);
       targets.push_back((i * 31 + 140) % m);
@@ -54,24 +56,32 @@ struct Example {
     for (int64_t j = 0; j < m; j++) document_labels.push_back((j % 9) << 33 | 5);
   }
 
+  ek::InfoNCEVectors vectors(std::vector<float>& x, int which) {
+    if (dtype == ek::DType::f32) return {x.data(), dtype, dim};
+    bf16[which] = naive::as_bf16(x);
+    return {bf16[which].data(), dtype, dim};
+  }
+
   void run(const ek::InfoNCEKernels& kernels) {
     const int64_t stride = ek::infonce_stride(dim);
     std::vector<float> unit_documents = unwritten(m * stride), document_norm = unwritten(m);
     std::vector<float> unit_queries = unwritten(panel * stride), of_rows = unwritten(9 * panel);
     std::vector<float> exponentials = unwritten(groups * m * ek::infonce_rows);
     std::vector<float> block_max = unwritten(groups * blocks * ek::infonce_rows);
-    std::vector<float> document_sum = unwritten(stride);
+    std::vector<float> document_sum = unwritten(stride), document_factor = unwritten(m),
+                       query_factor = unwritten(panel);
+    std::vector<float> document_pairs = unwritten(m / 2 * padded_dim), query_pairs = unwritten(panel / 2 * padded_dim);
     const std::vector<int32_t> key(targets.begin(), targets.end());
     p.n = n, p.k = k, p.dim = dim, p.cosine = cosine, p.period = m;
-    p.columns[1].vectors = {queries.data(), ek::DType::f32, dim}, p.columns[1].count = n;
+    p.columns[1].vectors = vectors(queries, 0), p.columns[1].count = n;
     p.columns[1].labels = query_labels.data();
     ek::InfoNCEColumns& of_documents = p.columns[0];
-    of_documents.vectors = {documents.data(), ek::DType::f32, dim}, of_documents.count = m;
+    of_documents.vectors = vectors(documents, 1), of_documents.count = m;
     of_documents.labels = document_labels.data();
     of_documents.gradient = d_documents.data(), of_documents.unit = unit_documents.data();
     of_documents.norm = document_norm.data(), of_documents.sum = soft ? document_sum.data() : nullptr;
-    if (with_positives) p.positives = {positives.data(), ek::DType::f32, dim};
-    p.negatives = {negatives.data(), ek::DType::f32, dim};
+    if (with_positives) p.positives = vectors(positives, 2);
+    p.negatives = vectors(negatives, 3);
     p.negatives_stride = k * dim;
     p.targets = targets.data(), p.temperature = temperature.data(), p.temperature_stride = 1;
     p.passes = p.anchors = p.parts = 1;
@@ -83,6 +93,9 @@ struct Example {
     p.d_positives = with_positives ? d_positives.data() : nullptr, p.d_temperature = d_temperature.data();
     p.padded_dim = padded_dim, p.stride = stride;
     p.unit_anchors[0] = unit_queries.data();
+    p.paired = kernels.pairs && dtype == ek::DType::bf16;
+    p.anchor_pairs[0] = query_pairs.data(), p.anchor_factor[0] = query_factor.data();
+    of_documents.pairs = document_pairs.data(), of_documents.factor = document_factor.data();
     p.row_max[0] = of_rows.data(), p.row_scale[0] = p.row_max[0] + panel, p.row_spread[0] = p.row_scale[0] + panel;
     p.row_share[0] = p.row_spread[0] + panel, p.positive_scale = p.row_share[0] + panel;
     std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(p));
@@ -96,6 +109,7 @@ struct Example {
   }
 
   bool is_right() const {
+    const double tolerance = p.paired ? 3e-2 : 2e-5;
     bool right = true;
     std::vector<std::vector<double>> d_unit_documents(m, std::vector<double>(dim));
     for (size_t i = 0; i < n; i++) {
@@ -130,15 +144,16 @@ struct Example {
           d_column[c] = dz[j] / temperature[i] * q.u[c];
           if (j < m && !(j == own && with_positives)) d_unit_documents[j][c] += d_column[c];
         }
-        if (j >= m) right &= columns[j].has_gradient(&d_negatives[(i * k + j - m) * dim], d_column, cosine);
-        if (j == own && with_positives) right &= columns[j].has_gradient(&d_positives[i * dim], d_column, cosine);
+        if (j >= m) right &= columns[j].has_gradient(&d_negatives[(i * k + j - m) * dim], d_column, cosine, tolerance);
+        if (j == own && with_positives)
+          right &= columns[j].has_gradient(&d_positives[i * dim], d_column, cosine, tolerance);
       }
-      right &= q.has_gradient(&d_queries[i * dim], d_unit_query, cosine);
+      right &= q.has_gradient(&d_queries[i * dim], d_unit_query, cosine, tolerance);
       right &= naive::close(d_temperature[i], -moment / temperature[i], 2e-5);
     }
     for (size_t j = 0; j < m; j++) {
       const Unit d(&documents[j * dim], cosine);
-      right &= d.has_gradient(&d_documents[j * padded_dim], d_unit_documents[j], cosine);
+      right &= d.has_gradient(&d_documents[j * padded_dim], d_unit_documents[j], cosine, tolerance);
     }
     return right;
   }
@@ -151,10 +166,13 @@ int main() {
     for (const bool cosine : {true, false}) {
       for (const bool with_positives : {true, false}) {
         for (const bool soft : {true, false}) {
-          Example example(cosine, with_positives, soft);
-          example.run(variant.infonce);
-          std::string name = variant.name + (cosine ? " cosine" : " dot") + (with_positives ? ", positives" : "");
-          naive::report(name + (soft ? ", several targets" : ""), example.is_right());
+          for (const ek::DType dtype : {ek::DType::f32, ek::DType::bf16}) {
+            Example example(cosine, with_positives, soft, dtype);
+            example.run(variant.infonce);
+            std::string name = variant.name + (cosine ? " cosine" : " dot") + (with_positives ? ", positives" : "");
+            name += dtype == ek::DType::bf16 ? ", bf16" : "";
+            naive::report(name + (soft ? ", several targets" : ""), example.is_right());
+          }
         }
       }
     }

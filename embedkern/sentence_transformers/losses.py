@@ -52,6 +52,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _computed(columns: Sequence[Tensor]) -> Sequence[Tensor]:
+    """float32 under autocast, as theirs, also where the CPU or the GPU would multiply bfloat16."""
+    return [_wide(x) for x in columns] if torch.is_autocast_enabled(columns[0].device.type) else columns
+
+
 def _finish(loss: Tensor, with_backward: bool) -> Tensor:
     if with_backward:
         loss.backward()
@@ -65,6 +70,7 @@ class _Ranking(_OnInfoNCE):
 
     def _ranking(self: Any, columns: Sequence[Tensor]) -> Tensor:
         group = dist.group.WORLD if self.gather_across_devices and dist.is_initialized() else None
+        columns = _computed(columns)
         loss: Any = info_nce(
             columns[0],
             columns[1] if len(columns) == 2 else torch.cat(tuple(columns[1:])),
@@ -118,7 +124,7 @@ class _Guided(_OnInfoNCE):
 
     def _guided(self: Any, columns: Sequence[Tensor], guides: Sequence[Tensor]) -> Tensor:
         """Only documents are gathered, as theirs: a rank's anchors meet no other rank's."""
-        anchors, *documents = columns
+        anchors, *documents = _computed(columns)
         guide_anchors, *guide_documents = guides
         targets = None
         if self.gather_across_devices:
