@@ -193,7 +193,7 @@ def _attend(
         lse = z.sum(-1, keepdim=True) - math.inf
     if dropout_p > 0:
         weights = weights * dropout_factors(draw_seed(query) if seed is None else seed, rows, len_k, dropout_p, wide)
-    out = weights @ v
+    out = torch.where(empty, 0, weights @ v)  # whatever upstream gradient comes for such a row
     if by_row:
         out = torch.where(visible.to(wide) @ (~finite_v).to(wide) > 0, math.nan, out)
     return out, lse[..., 0]
