@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _native needs
 
+from . import nn
 from .gradcache import GradCache
 from .ops.attention import (
     AttentionFunction,
@@ -45,6 +46,7 @@ __all__ = [
     "latent_attention",
     "log_length_temperature",
     "multi_layer_attention",
+    "nn",
     "patch",
     "patched",
     "pool",

@@ -47,7 +47,10 @@ def _pool_backward(d_out: Tensor, pooled: Tensor, argmax: Tensor, shape: list[in
 
 def memory_order(strides: Sequence[int]) -> list[int]:
     """The dims before the last from the outermost to the innermost in memory, then the last."""
-    return [*sorted(range(len(strides) - 1), key=lambda dim: -strides[dim]), len(strides) - 1]
+    order: list[int] = []
+    for dim in range(len(strides) - 1):  # torch.compile can't trace sorted() with symbolic keys
+        order.insert(len([other for other in order if strides[other] >= strides[dim]]), dim)
+    return [*order, len(strides) - 1]
 
 
 def _empty_in_order_of(like: Tensor, last: int) -> Tensor:

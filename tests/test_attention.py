@@ -128,6 +128,14 @@ def test_nothing(backend: str, shape: tuple[int, ...]) -> None:
     assert all((results[name] == 0).all() for name in results if name != "lse")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_sequences(backend: str) -> None:
+    options = {"relative_bias": torch.randn(2, 3), "temperature": torch.ones(2, 1), "scale": torch.ones(())}
+    x, cu_seqlens = torch.randn(0, 2, 8), torch.tensor([0])
+    results = run(ek.attention_varlen, (x, x, x), backend, None, {"cu_seqlens_q": cu_seqlens, **options})
+    assert all(results[name].shape == value.shape and (results[name] == 0).all() for name, value in options.items())
+
+
 FACTOR_SHAPES = [(), (1,), (4, 1, 1), (9, 1), (3, 1, 1, 1), (3, 4, 1, 1), (3, 1, 9, 1), (3, 4, 9, 1)]
 
 
@@ -165,11 +173,11 @@ def test_scale_of_any_sign(variant: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("tau", [1e-40, 1e-30, 1e-12, 1e-3, 1e3, 1e12, 1e38])
+@pytest.mark.parametrize("tau", [5e-324, 1e-40, 1e-30, 1e-12, 1e-3, 1e3, 1e12, 1e38])
 def test_extreme_temperatures_are_finite(backend: str, tau: float) -> None:
     q, k, v = inputs(2, 2, 2, 9, 13, 16, 8)
     as_number = run(ek.attention, (q, k, v), backend, None, {"temperature": tau})
-    results = run(ek.attention, (q, k, v), backend, None, {"temperature": torch.tensor(tau)})
+    results = run(ek.attention, (q, k, v), backend, None, {"temperature": torch.tensor(tau, dtype=torch.float64)})
     assert torch.equal(as_number["out"], results["out"])
     names = ("out",) if tau < 1e-12 else ("out", "lse", "d_query", "d_key", "d_value")  # lse itself is beyond float32
     assert all(torch.isfinite(results[name]).all() for name in names)
@@ -345,8 +353,9 @@ def test_compile_reference() -> None:
     def function(q: Tensor) -> Tensor:
         return ek.attention(q, k, v, mask=mask, causal=True)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q), function(q))
+    for dynamic in (False, True):
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        torch.testing.assert_close(compiled(q), function(q))
 
 
 def test_autocast() -> None:
@@ -356,12 +365,20 @@ def test_autocast() -> None:
         lambda: ek.attention(q, k, v, temperature=tau),
         lambda: ek.AttentionFunction.apply(q, k, v, None, None, None, None, None, tau)[0],
         lambda: ek.attention(q, k, v, temperature=tau, backend="reference"),
+        lambda: ek.AttentionFunction.apply(
+            q, k, v, None, None, None, None, None, tau, None, False, None, None, 0.0, False, "reference"
+        )[0],
     ):
         with torch.autocast("cpu", torch.bfloat16):
             out = apply()
         assert out.dtype == torch.bfloat16
         gradients = torch.autograd.grad(out.float().sum(), (q, k, v, tau))
         assert all(g.dtype == torch.float32 for g in gradients)
+    x = q.detach().bfloat16()
+    expected = ek.attention(x, x, x, return_lse=True, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):  # the reference's own products stay float32
+        got = ek.attention(x, x, x, return_lse=True, backend="reference")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_activation_checkpointing() -> None:

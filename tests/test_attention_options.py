@@ -188,19 +188,25 @@ def test_all_kernel_options(dtype: torch.dtype) -> None:
         check_seeded(*inputs(*shape, dtype), **options)
 
 
-def test_rows_that_see_nothing(variant: str) -> None:
-    q, k, v = inputs(2, 2, 2, 5, 9, 8, 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_that_see_nothing(variant: str, backend: str, dtype: torch.dtype) -> None:
+    q, k, v = inputs(2, 2, 2, 5, 9, 8, 8, dtype)
     mask = torch.ones(5, 9, dtype=torch.bool)
     mask[2], mask[4] = False, False
     q[:, :, 2] = NAN
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, lse = ek.attention(*leaves, mask=mask, return_lse=True, backend="cpu")
+    out, lse = ek.attention(*leaves, mask=mask, return_lse=True, backend=backend)
     assert (out[:, :, [2, 4]] == 0).all()
     assert (lse[:, :, [2, 4]] == -INF).all()
     seen = lse[:, :, [0, 1, 3]]
-    gradients = torch.autograd.grad(out.square().sum() + seen.sum(), leaves)
-    assert (gradients[0][:, :, [2, 4]] == 0).all()
-    assert all(torch.isfinite(g).all() for g in gradients)
+    wanted = torch.autograd.grad(out.square().sum() + seen.sum(), leaves, retain_graph=True)
+    assert (wanted[0][:, :, [2, 4]] == 0).all()
+    assert all(torch.isfinite(g).all() for g in wanted)
+    upstream = 2 * out.detach()
+    upstream[:, :, 2], upstream[:, :, 4] = NAN, INF  # as from out / norm(out)
+    gradients = torch.autograd.grad((out, seen), leaves, (upstream, torch.ones_like(seen)))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
 @settings(max_examples=40, deadline=None)

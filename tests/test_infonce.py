@@ -188,6 +188,14 @@ def test_second_derivatives_raise() -> None:
     assert torch.autograd.gradgradcheck(lambda *x: ek.info_nce(*x, backend="reference"), wide)
 
 
+def test_temperature_may_be_an_integer() -> None:
+    q, d = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    for temperature in (1, 2):
+        loss, wanted = ek.info_nce(q, d, temperature=temperature), ek.info_nce(q, d, temperature=float(temperature))
+        assert torch.equal(loss, wanted)
+        assert torch.equal(*(torch.autograd.grad(x, q)[0] for x in (loss, wanted)))
+
+
 def test_function_alone() -> None:
     q, d = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     wanted = torch.autograd.grad(ek.info_nce(q, d), (q, d))
@@ -312,6 +320,15 @@ def bad_calls() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"backend": "cpu", "queries": q.double()}, NotImplementedError, "queries is torch.float64"),
         ({"backend": "cuda"}, NotImplementedError, "cuda"),
         ({"directions": ("query_to_doc",) * 2}, ValueError, "directions must differ"),
+        ({"directions": 3}, ValueError, "directions must be a tuple of some of .*, got 3"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing must be a number, got NoneType"),
+        ({"hardness_strength": "1"}, TypeError, "hardness_strength must be a number, got str"),
+        ({"margin": NAN}, ValueError, "margin must be a number, got nan"),
+        ({"margin": None}, TypeError, "margin must be a number, got NoneType"),
+        ({"return_metrics": "no"}, TypeError, "return_metrics must be True or False, got 'no'"),
+        ({"matryoshka_dims": 2}, TypeError, "matryoshka_dims must be a tuple or list, got int"),
+        ({"matryoshka_dims": (2,), "matryoshka_weights": 1.0}, TypeError, "matryoshka_weights must be a tuple or list"),
+        ({"matryoshka_dims": (2,), "matryoshka_weights": ("a",)}, TypeError, "matryoshka_weights must be numbers, got"),
         (
             {"directions": ("query_to_doc", "doc_to_doc"), "partition_mode": "per_direction"},
             ValueError,

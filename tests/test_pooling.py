@@ -323,6 +323,10 @@ LONG = torch.int64
         (ValueError, r"truncate_dim must be in \[1, 8\], got 9", X, {"truncate_dim": 9}),
         (ValueError, r"truncate_dim must be in \[1, 8\], got 0", X, {"truncate_dim": 0}),
         (ValueError, "eps must be ≥ 0, got -1", X, {"normalize": True, "eps": -1.0}),
+        (TypeError, "eps must be a number, got NoneType", X, {"normalize": True, "eps": None}),
+        (TypeError, "normalize must be True or False, got 'yes'", X, {"normalize": "yes"}),
+        (TypeError, "truncate_dim must be an integer, got float", X, {"truncate_dim": 2.0}),
+        (TypeError, "mode must be one of .* or a tuple of them, got int", X, {"mode": 3}),
     ],
 )
 def test_bad_input(error: type[Exception], message: str, hidden: Any, options: dict[str, Any]) -> None:

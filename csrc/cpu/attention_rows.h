@@ -144,7 +144,9 @@ void gather_rows(const Strided& x, Row row, int64_t m, int64_t dim, const float*
   const int64_t ld = row_words<T>(dim);
   for (int64_t i = 0; i < m; i++, row.next()) {
     const T* from = row.in<T>(x);
-    if constexpr (paired<T>) {
+    if (factor && factor[i] == 0) {  // whatever the row holds: it sees no key
+      for (int64_t c = 0; c < ld; c += W) store(to + i * ld + c, Vec{});
+    } else if constexpr (paired<T>) {
       const Pair* pairs = reinterpret_cast<const Pair*>(from);
       for (int64_t c = 0; c < dim / 2; c += W) store(to + i * ld + c, load_at(pairs, c, dim / 2));
     } else {

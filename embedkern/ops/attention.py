@@ -330,8 +330,7 @@ def _check_options(
         _check_float("relative_bias", relative_bias, query)
         if relative_bias.ndim != 2 or relative_bias.shape[0] != heads or relative_bias.shape[1] % 2 != 1:
             raise ValueError(f"relative_bias must have shape (Hq, 2R + 1), Hq = {heads}, got {_shape(relative_bias)}")
-    if causal is not True and causal is not False:
-        raise TypeError(f"causal must be True or False, got {causal!r}")
+    common.check_flag("causal", causal)
     if softcap is not None and (not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf):
         raise ValueError(f"softcap must be None or a number > 0, got {softcap!r}")
     if not isinstance(dropout_p, (int, float)) or not 0 <= dropout_p <= 1:
@@ -386,7 +385,7 @@ class AttentionFunction(torch.autograd.Function):
             )  # fmt: skip
             backend = dispatch.select("attention", BACKENDS, backend, call)
             if backend.forward is None:
-                return _reference_forward(ctx, reference.attention, call)
+                return _reference_forward(ctx, reference.attention, call, (query, key, value))
             query, key, value, window = call["query"], call["key"], call["value"], call["window"]
         options = mask, bias, relative_bias, temperature, scale, causal, window, softcap, dropout_p
         return _forward(ctx, backend, query, key, value, (key_lengths, key_mask, None, None), *options)
@@ -394,7 +393,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
-            return *_reference_backward(ctx, reference.attention, d_out, d_lse)[:14], None, None
+            return *_reference_backward(ctx, d_out, d_lse)[:14], None, None
         d_q, d_k, d_v, d_bias, d_relative, d_temperature, d_scale = _backward(ctx, (6, 7, 8, 9), d_out, d_lse)
         return d_q, d_k, d_v, None, None, None, d_bias, d_relative, d_temperature, d_scale, *(None,) * 6
 
@@ -429,7 +428,7 @@ class AttentionVarlenFunction(torch.autograd.Function):
             )  # fmt: skip
             backend = dispatch.select("attention_varlen", BACKENDS, backend, call)
             if backend.forward is None:
-                return _reference_forward(ctx, reference.attention_varlen, call)
+                return _reference_forward(ctx, reference.attention_varlen, call, (query, key, value))
             query, key, value, window = call["query"], call["key"], call["value"], call["window"]
         places = None, None, cu_seqlens_q, cu_seqlens_k
         options = None, None, relative_bias, temperature, scale, causal, window, softcap, dropout_p
@@ -438,7 +437,7 @@ class AttentionVarlenFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
         if ctx.backend is None:
-            gradients = _reference_backward(ctx, reference.attention_varlen, d_out, d_lse)
+            gradients = _reference_backward(ctx, d_out, d_lse)
             return *gradients[:5], None, None, *gradients[5:12], None, None
         d_q, d_k, d_v, _, d_relative, d_temperature, d_scale = _backward(ctx, (None, 7, 8, 9), d_out, d_lse)
         return d_q, d_k, d_v, None, None, None, None, d_relative, d_temperature, d_scale, *(None,) * 6
@@ -502,20 +501,24 @@ def _backward(
     return common.first_derivatives("attention", *wanted)
 
 
-def _reference_forward(ctx: Any, function: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    ctx.backend = None
+def _reference_forward(
+    ctx: Any, function: Any, call: dict[str, Any], given: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """given: query, key and value before autocast's cast, which the gradients go through."""
+    dtype, seed = call["query"].dtype, reference.draw_seed(given[0]) if call["dropout_p"] > 0 else None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        return function(query.to(dtype), key.to(dtype), value.to(dtype), *options, seed)
+
+    ctx.backend, ctx.run = None, run
     ctx.set_materialize_grads(False)
-    call["seed"] = reference.draw_seed(call["query"]) if call["dropout_p"] > 0 else None
-    ctx.call = call
-    return function(**call)
+    ctx.arguments = (*given, *tuple(call.values())[3:])
+    return run(*ctx.arguments)
 
 
-def _reference_backward(
-    ctx: Any, function: Any, d_out: Tensor | None, d_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    arguments = tuple(ctx.call.values())
-    needed = [isinstance(x, Tensor) and x.dtype.is_floating_point and x.requires_grad for x in arguments]
-    return common.reference_gradients(function, arguments, needed, (d_out, d_lse))
+def _reference_backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = [isinstance(x, Tensor) and x.dtype.is_floating_point and x.requires_grad for x in ctx.arguments]
+    return common.reference_gradients(ctx.run, ctx.arguments, needed, (d_out, d_lse))
 
 
 def log_length_temperature(lengths: Tensor, s: float | Tensor) -> Tensor:

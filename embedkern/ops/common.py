@@ -65,6 +65,22 @@ def applied(function: type[torch.autograd.Function], arguments: Sequence[Any]) -
     return function.forward(None, *arguments)
 
 
+def check_number(name: str, x: object, what: str = "a number") -> None:
+    """bool is none, torch.compile's symbolic numbers are."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {what}, got {type(x).__name__}")
+
+
+def check_integer(name: str, x: object, what: str = "an integer") -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be {what}, got {type(x).__name__}")
+
+
+def check_flag(name: str, x: object) -> None:
+    if x is not True and x is not False:
+        raise TypeError(f"{name} must be True or False, got {x!r}")
+
+
 def distinct(arguments: Iterable[Any]) -> list[Any]:
     """The arguments, a tensor that comes again as a view: torch.compile can't trace a Function that gets one twice."""
     if not torch.compiler.is_compiling():

@@ -108,8 +108,7 @@ def _number(name: str, x: float | Tensor, like: Tensor, positive: bool = False) 
         if x.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(x.shape)}")
         return x.reshape(())
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(x).__name__}")
+    common.check_number(name, x, "a number or a tensor")
     if positive and not x > 0:
         raise ValueError(f"{name} must be > 0, got {x}")
     return torch.full((), x, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32, device=like.device)

@@ -290,7 +290,9 @@ def _run_prefix(
         x if x is None or x.shape[-1] == dim else x[..., :dim] for x in (call[name] for name in VECTORS)
     )
     tau, directions, group = call["temperature"], call["directions"], call["group"]
-    tau = tau.float() if isinstance(tau, Tensor) else torch.full((), tau, device=queries.device)
+    if not isinstance(tau, Tensor):
+        tau = torch.full((), tau, dtype=torch.float32, device=queries.device)
+    tau = tau.float()
     if group is not None:
         rows, offset, period = call["targets"].shape[0], group.offset, group.period
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -66,10 +66,10 @@ def check(
         if temperature.ndim != 0:
             common.check_shape("temperature", temperature, (rows,))
         common.check_device("temperature", temperature, queries, "queries")
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    else:
+        common.check_number("temperature", temperature, "a number or a tensor")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {temperature}")
     common.check_choice("similarity", similarity, ("cosine", "dot"))
     common.check_choice("same_label", same_label, ("ignore", "positive"))
     common.check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -84,13 +84,18 @@ def check(
         common.check_float("weights", weights)
         common.check_shape("weights", weights, (rows,))
         common.check_device("weights", weights, queries, "queries")
+    common.check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
     _check_directions(directions, partition_mode)
     common.check_choice("margin_strategy", margin_strategy, ("absolute", "relative"))
+    common.check_number("margin", margin)
+    if margin != margin:
+        raise ValueError(f"margin must be a number, got {margin}")
     if hardness_mode is not None:
         common.check_choice("hardness_mode", hardness_mode, HARDNESS)
+    common.check_number("hardness_strength", hardness_strength)
     if not hardness_strength >= 0:
         raise ValueError(f"hardness_strength must be ≥ 0, got {hardness_strength}")
     if (guide_queries is None) != (guide_documents is None):
@@ -104,6 +109,7 @@ def check(
     if negative_weights is not None:
         _check_negative_weights(negative_weights, columns, negatives, queries)
     _check_matryoshka(matryoshka_dims, matryoshka_weights, dim)
+    common.check_flag("return_metrics", return_metrics)
     return {
         "queries": queries,
         "documents": documents,
@@ -143,7 +149,7 @@ def _check_vectors(name: str, x: Tensor, what: str, shape: tuple[int | None, ...
 
 
 def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
-    if isinstance(directions, str) or not directions:
+    if isinstance(directions, str) or not isinstance(directions, Collection) or not directions:
         raise ValueError(f"directions must be a tuple of some of {DIRECTIONS}, got {directions!r}")
     for each in directions:
         common.check_choice("directions", each, DIRECTIONS)
@@ -177,12 +183,22 @@ def _check_matryoshka(dims: Sequence[int] | None, weights: Sequence[float] | Non
         if weights is not None:
             raise ValueError("matryoshka_weights need matryoshka_dims, got only matryoshka_weights")
         return
+    _check_several("matryoshka_dims", dims)
     if not dims:
         raise ValueError("matryoshka_dims must hold at least one, got none")
     for each in dims:
-        if isinstance(each, bool) or not isinstance(each, (int, torch.SymInt)):
-            raise TypeError(f"matryoshka_dims must be integers, got {type(each).__name__}")
+        common.check_integer("matryoshka_dims", each, "integers")
         if not 1 <= each <= dim:
             raise ValueError(f"matryoshka_dims must be in [1, {dim}], got {each}")
-    if weights is not None and len(weights) != len(dims):
+    if weights is None:
+        return
+    _check_several("matryoshka_weights", weights)
+    if len(weights) != len(dims):
         raise ValueError(f"matryoshka_weights must be as many as matryoshka_dims, got {len(weights)} for {len(dims)}")
+    for factor in weights:
+        common.check_number("matryoshka_weights", factor, "numbers")
+
+
+def _check_several(name: str, x: object) -> None:
+    if isinstance(x, str) or not isinstance(x, Collection):
+        raise TypeError(f"{name} must be a tuple or list, got {type(x).__name__}")

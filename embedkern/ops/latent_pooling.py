@@ -170,6 +170,8 @@ def check_multi_layer(
             raise TypeError(f"empty must be bool, got {empty.dtype}")
         common.check_shape("empty", empty, layers.shape[:1])
         common.check_device("empty", empty, layers, "layers")
+    common.check_flag("normalize", normalize)
+    common.check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be ≥ 0, got {eps}")
     block = _check_block(weights, num_heads, layers, "layers")

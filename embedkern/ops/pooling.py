@@ -80,6 +80,8 @@ def check(
     """The reference's arguments, or an error that names what is wrong."""
     common.check_tensor("hidden", hidden, (2, 3), "(B, L, C), or (T, C) with cu_seqlens or spans")
     common.check_float("hidden", hidden)
+    if not isinstance(mode, Sequence):
+        raise TypeError(f"mode must be one of {POOL_MODES} or a tuple of them, got {type(mode).__name__}")
     modes = (mode,) if isinstance(mode, str) else tuple(mode)
     if not modes:
         raise ValueError("mode must name at least one mode, got none")
@@ -121,9 +123,12 @@ def check(
 
     out_channels = len(modes) * hidden.shape[-1]
     if truncate_dim is not None:
+        common.check_integer("truncate_dim", truncate_dim)
         if not 1 <= truncate_dim <= out_channels:
             raise ValueError(f"truncate_dim must be in [1, {out_channels}], got {truncate_dim}")
         out_channels = truncate_dim
+    common.check_flag("normalize", normalize)
+    common.check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must be ≥ 0, got {eps}")
     return {

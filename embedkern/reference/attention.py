@@ -43,10 +43,11 @@ def attention(
     if key_mask is not None:
         real = key_mask if real is None else real & key_mask
     rows = torch.arange(query.shape[:3].numel(), device=query.device).view(*query.shape[:3], 1)
-    out, lse = _attend(
-        query, key, value, real, mask, bias, relative_bias, temperature, scale, causal, window, softcap,
-        dropout_p, seed, rows
-    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = _attend(
+            query, key, value, real, mask, bias, relative_bias, temperature, scale, causal, window, softcap,
+            dropout_p, seed, rows
+        )  # fmt: skip
     return in_order_of(query, out).to(query.dtype), lse
 
 
@@ -82,13 +83,15 @@ def attention_varlen(
             tau = tau.expand(tokens, heads, 1)[start_q:end_q].transpose(0, 1)[None]
         if isinstance(factor, Tensor):
             factor = factor.expand(tokens, heads, 1)[start_q:end_q].transpose(0, 1)[None]
-        out, lse = _attend(
-            q, k, v, None, None, None, relative_bias, tau, factor, causal, window, softcap, dropout_p, seed, row
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            out, lse = _attend(
+                q, k, v, None, None, None, relative_bias, tau, factor, causal, window, softcap, dropout_p, seed, row
+            )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1))
     if not outs:
-        nothing = query.sum() * 0 + key.sum() * 0 + value.sum() * 0
+        given = [x for x in (query, key, value, relative_bias, temperature, scale) if isinstance(x, Tensor)]
+        nothing = torch.stack([x.sum().to(query.dtype) for x in given]).sum() * 0
         return nothing + value.new_zeros((0, heads, value.shape[2])), (nothing + query.new_zeros((0, heads))).float()
     return in_order_of(query, torch.cat(outs)).to(query.dtype), torch.cat(lses)
 
@@ -131,6 +134,8 @@ def _attend(
         x.to(wide) if isinstance(x, Tensor) else torch.tensor(float(x), dtype=wide, device=query.device)
         for x in (temperature, dim**-0.5 if scale is None else scale)
     )
+
+    tau = tau.clamp(min=1e-45)  # a positive number may be too small for float32
 
     # (B, Hq, Lq, Lk): visible, and the terms added to the scores; position of key j relative to query i's
     distance = torch.arange(len_k, device=query.device) - (
@@ -188,7 +193,7 @@ def _attend(
         lse = z.sum(-1, keepdim=True) - math.inf
     if dropout_p > 0:
         weights = weights * dropout_factors(draw_seed(query) if seed is None else seed, rows, len_k, dropout_p, wide)
-    out = weights @ v
+    out = torch.where(empty, 0, weights @ v)  # whatever upstream gradient comes for such a row
     if by_row:
         out = torch.where(visible.to(wide) @ (~finite_v).to(wide) > 0, math.nan, out)
     return out, lse[..., 0]
