@@ -132,6 +132,8 @@ struct InfoNCEPass {
   const int32_t* key;   // (n)
   float* exponentials;  // (groups, count, infonce_rows): exp(z - block_max), 0 where hidden; null without gradient
   float* block_max;     // (groups, blocks of count, infonce_rows)
+  // Of a mutual call: are columns anchors of a direction back, and does a row's own pair count on that way?
+  bool back, own_back;
 };
 
 enum InfoNCEHardness : int64_t { no_hardness, in_batch_negatives, hard_negatives, all_negatives };
@@ -167,11 +169,21 @@ struct InfoNCEParams {
   int64_t levels;
   int64_t level_end[infonce_levels];  // ascending, whole vectors but for the last, dim
   float level_weight[infonce_levels];
-  float* ratio;         // (levels, m): what makes a document's unit vector's prefix one
-  float* column_z_dz;   // (levels, m): Σ_i dz_ij z_ij
-  float* tile_z_dz;     // (groups, levels, m), of a panel
-  const float* d_loss;  // (n); null without any gradient
-  float* loss;          // (n)
+  float* ratio;        // (levels, m): what makes a document's unit vector's prefix one
+  float* column_z_dz;  // (levels, m): Σ_i dz_ij z_ij
+  float* tile_z_dz;    // (groups, levels, m), of a panel
+  // Every pair of vectors at once for both directions: row i is query i and document i; of kinds, queries and these.
+  bool mutual;
+  float* rate;             // (n): 1 / τ
+  float* positive;         // (n): the positives' similarity
+  float* pair;             // (n): the loss's derivative by it
+  float* row_sums[2];      // (3, n) of a kind as rows: max z, Σ exp(z - max), Σ exp(z - max) (z - max)
+  float* column_sums[2];   // the same as columns that are anchors
+  float* tile_sums[2];     // (groups, 3, n): what each group of a panel adds to column_sums
+  float* anchor_max[2];    // (n), of the softmax of a kind's anchors
+  float* anchor_scale[2];  // (n): d_loss / τ / Σ exp(z - anchor_max)
+  const float* d_loss;     // (n); null without any gradient
+  float* loss;             // (n)
   float* metrics;  // (n, 4) or null: does nothing beat the positive, its similarity, Σ and number of the negatives'
   // Gradients beside the columns', null where they aren't wanted, contiguous.
   float* d_queries;      // (n, dim), as rows

@@ -1,4 +1,4 @@
-"""Gradient caching gives the uncached step's gradients, runs no chunk more often than needed, and keeps to its budget.
+"""Gradient caching gives the uncached step's gradients: any input, precision and number of processes.
 
 With dropout the uncached step draws other random numbers than the chunks do, so there the comparison is with the same
 chunks run in one graph from the same generator state (``one_graph``); without dropout, with the whole batch at once.
@@ -6,172 +6,71 @@ chunks run in one graph from the same generator state (``one_graph``); without d
 
 from __future__ import annotations
 
-import sys
 from collections import UserDict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, call, create_autospec
 
 import pytest
 import torch
 import torch.distributed as dist
+from gradcache_cases import Encoder, Mlp, assert_same, contrastive, gradients, one_graph, pooled, rows, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from embedkern.gradcache import GradCache, cached, cat_input_tensor, gather_input_tensor
-from embedkern.gradcache_functional import get_rng, set_rng
-
-
-class Encoder(nn.Module):
-    """A transformer layer and a masked mean, in a nested output."""
-
-    def __init__(self, positions: bool = False, dropout: float = 0.2, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 8, dtype=dtype)
-        if positions:
-            self.position_embeddings = nn.Embedding(32, 8, dtype=dtype)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True, dtype=dtype)
-        self.positions, self.checkpointed = positions, ""
-        self.runs: list[tuple[int, ...]] = []
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Any:
-        self.runs.append(tuple(input_ids.shape))
-        x = self.embed(input_ids)
-        if self.positions:
-            columns = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-            x = x + self.position_embeddings(columns if position_ids is None else position_ids)
-        hide = attention_mask == 0
-        if self.checkpointed:
-            x = checkpoint(self.layer, x, None, hide, use_reentrant=self.checkpointed == "reentrant")
-        else:
-            x = self.layer(x, src_key_padding_mask=hide)
-        mask = attention_mask.unsqueeze(-1).to(x.dtype)
-        return {"tokens": x, "pooled": ((x * mask).sum(1) / mask.sum(1).clamp(min=1),)}
-
-
-class Mlp(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float64, dropout: float = 0.3) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(6, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5)
-        ).to(dtype)
-        self.runs = 0
-
-    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        self.runs += 1
-        return self.layers(x) * scale
-
-
-def pooled(out: Any) -> Tensor:
-    return out["pooled"][0]
-
-
-def contrastive(queries: Tensor, documents: Tensor, scale: float = 2.0) -> Tensor:
-    scores = scale * queries @ documents.T
-    return nn.functional.cross_entropy(scores, torch.arange(len(queries)))
-
-
-def texts(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths) + 1  # one column that nobody needs
-    ids = torch.randint(1, 50, (len(lengths), width), generator=generator)
-    column = torch.arange(width)
-    real = torch.tensor(lengths).unsqueeze(1)
-    mask = column < real if side == "right" else column >= width - real
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
-
-
-def rows(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(*modules: nn.Module) -> list[Tensor]:
-    grads = [p.grad.clone() for m in modules for p in m.parameters() if p.grad is not None]
-    for module in modules:
-        module.zero_grad()
-    return grads
-
-
-def assert_same(got: list[Tensor], want: list[Tensor], tol: float = 1e-10) -> None:
-    assert len(got) == len(want)
-    assert want
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, atol=tol, rtol=tol)
-
-
-def one_graph(model: nn.Module, batch: Any, size: int | None, tokens: int | None = None, sort: bool = True) -> Tensor:
-    """The representations of the same chunks in one graph: a second, naive way of cutting them."""
-    n = len(batch) if isinstance(batch, Tensor) else len(batch["input_ids"])
-    mask = None if isinstance(batch, Tensor) else batch["attention_mask"]
-    lengths = [batch.shape[1]] * n if mask is None else mask.sum(1).tolist()
-    order = sorted(range(n), key=lambda row: (-lengths[row], row)) if sort else list(range(n))
-    chunks: list[list[int]] = [[]]
-    for row in order:
-        too_long = tokens is not None and sum(lengths[r] for r in [*chunks[-1], row]) > tokens
-        if chunks[-1] and (len(chunks[-1]) == size or too_long):
-            chunks.append([])
-        chunks[-1].append(row)
-    reps: list[Any] = [None] * n
-    for chunk in chunks:
-        if mask is None:
-            out = model(batch[chunk])
-        else:
-            used = mask[chunk].any(0).nonzero().flatten().tolist() or [0]
-            out = pooled(model(**{k: v[chunk][:, used[0] : used[-1] + 1] for k, v in batch.items()}))
-        for row, rep in zip(chunk, out, strict=True):
-            reps[row] = rep
-    return torch.stack(reps)
-
 
 # ---- equal gradients
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_equals_the_same_chunks_in_one_graph(data: st.DataObject) -> None:
-    n, m = data.draw(st.integers(1, 7)), data.draw(st.integers(0, 4))
-    size = data.draw(st.none() | st.integers(1, 8))
-    tokens = data.draw(st.integers(1, 40) if size is None else st.none() | st.integers(1, 40))
-    budget = data.draw(st.sampled_from([None, 0, 3_000, 20_000, 60_000, float("inf")]))
-    sort, shared, text = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.booleans())
-    side = data.draw(st.sampled_from(["right", "left"]))
-    torch.manual_seed(data.draw(st.integers(0, 99)))
-    if text:
-        lengths = st.lists(st.integers(1, 9), min_size=n, max_size=n)
-        x = texts(data.draw(lengths), side, 1)
-        y = texts(data.draw(lengths) + [3] * m, side, 2)
-        towers = [Encoder(), Encoder()]
-    else:
-        x, y, towers = rows(n, 1), rows(n + m, 2), [Mlp(), Mlp()]
-    towers = [towers[0], towers[0]] if shared else towers
-    start = torch.get_rng_state()
-    want_loss = contrastive(*(one_graph(t, v, size, tokens, sort) for t, v in zip(towers, (x, y), strict=True)))
+    """Any towers, some of them the same module, with dropout; any chunks, budget and order."""
+    draw = data.draw
+    towers, rows_given, text = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.booleans())
+    size = draw(st.none() | st.integers(1, 8) | st.lists(st.integers(1, 8), min_size=towers, max_size=towers))
+    tokens = draw(st.integers(1, 40) if size is None else st.none() | st.integers(1, 40))
+    budget = draw(st.sampled_from([None, 0, 3_000, 20_000, 60_000, float("inf")]))
+    sort, side = draw(st.booleans()), draw(st.sampled_from(["right", "left"]))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    dropout = draw(st.sampled_from([0.0, 0.1, 0.5]))
+    made = [Encoder(dropout=dropout) if text else Mlp(dropout=dropout, width=8 * (i + 1)) for i in range(towers)]
+    models = [made[draw(st.integers(0, i))] for i in range(towers)]
+    batches: list[Any] = []
+    for tower in range(towers):
+        n = rows_given + (draw(st.integers(0, 4)) if tower else 0)  # documents may be more than queries
+        lengths = draw(st.lists(st.integers(1, 9), min_size=n, max_size=n)) if text else []
+        batches.append(texts(lengths, side, tower) if text else rows(n, tower))
+
+    def loss_fn(*reps: Tensor) -> Tensor:
+        return sum(contrastive(reps[0], rep, scale=1.0 + i) for i, rep in enumerate(reps))
+
+    start, sizes = torch.get_rng_state(), size if isinstance(size, list) else [size] * towers
+    in_one = zip(models, batches, sizes, strict=True)
+    want_loss = loss_fn(*(one_graph(model, batch, each, tokens, sort) for model, batch, each in in_one))
     want_loss.backward()
-    want, end = gradients(*towers), torch.get_rng_state()
+    want, end = gradients(*dict.fromkeys(models)), torch.get_rng_state()
 
     cache = GradCache(
-        towers, size, contrastive, get_rep_fn=pooled if text else None,
+        models, size, loss_fn, get_rep_fn=pooled if text else None,
         chunk_tokens=tokens, memory_budget=budget, sort_by_length=sort,
     )  # fmt: skip
     torch.set_rng_state(start)
-    loss = cache.cache_step(x, y)
+    loss = cache.cache_step(*batches)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, want_loss.detach(), atol=1e-12, rtol=1e-12)
-    assert_same(gradients(*towers), want)
+    assert_same(gradients(*dict.fromkeys(models)), want)
     assert torch.equal(torch.get_rng_state(), end)  # where the first run and the loss left it
 
     torch.set_rng_state(start)
-    loss = cache(x, y)
+    loss = cache(*batches)
     torch.rand(3)  # the replay doesn't depend on the generator, nor does it move it
     state = torch.get_rng_state()
     (3 * loss).backward()
-    assert_same(gradients(*towers), [3 * w for w in want])
+    assert_same(gradients(*dict.fromkeys(models)), [3 * w for w in want])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -377,190 +276,6 @@ def test_grad_scaler(how: str) -> None:
     assert_same([p.grad for p in model.parameters()], [w / 2.0**10 for w in want], 2e-3)
     scaler.step(optimizer)
     scaler.update()
-
-
-# ---- what is run, and what is held
-
-
-def test_budget_decides_what_runs_twice() -> None:
-    x, counts = rows(12), []
-    for budget in (0, 2_500, 4_500, 1e9):
-        model = Mlp()
-        GradCache([model], 2, lambda rep: rep.sum(), memory_budget=budget).cache_step(x)
-        counts.append(model.runs)
-    assert counts[0] == 12
-    assert counts[-1] == 6
-    assert counts == sorted(counts, reverse=True)
-    assert len(set(counts)) == 4
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made in its scope that are still alive, and their peak: no knowledge of graphs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def now(self) -> int:
-        self.made = {key: value for key, value in self.made.items() if not value[0].expired()}
-        return sum(size for _, size in self.made.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now())
-        return out
-
-
-@pytest.mark.parametrize("budget", [0, 12_000, 40_000, 80_000, 120_000, 160_000, 10**9])
-def test_budget_holds(budget: int) -> None:
-    model, x = Encoder(), texts([9] * 8 + [8, 7, 6, 5] * 2)
-    graph, live, held = LiveBytes(), LiveBytes(), []
-    with graph:  # what the longest chunk takes, by the same measure
-        model(**{k: v[:2] for k, v in x.items()})
-
-    def loss(rep: Tensor) -> Tensor:
-        held.extend([live.now(), live.peak])
-        live.peak = 0
-        return rep.sum()
-
-    model.runs.clear()
-    with live:
-        GradCache([model], 2, loss, get_rep_fn=pooled, memory_budget=budget).cache_step(x)
-    after, peak = held
-    kept = 16 - len(model.runs)
-    reps, passing = 6_000, 14_000  # bytes: the representations, and a run's own without a graph
-    assert after <= budget + reps
-    assert peak <= budget + reps + passing
-    assert budget != 12_000 or peak < graph.peak
-    assert live.peak <= max(budget, graph.peak) + reps + 5_000  # gradients of the parameters
-    if budget in (0, 12_000, 10**9):  # 12_000: every chunk tried exceeds it, and is dropped while it runs
-        assert kept == (8 if budget == 10**9 else 0)
-    else:
-        assert 0 < kept < 8
-        assert after >= budget - graph.peak  # what fits is kept
-
-
-def test_frozen_tower_runs_once_without_a_graph() -> None:
-    model, frozen = Mlp(), Mlp().requires_grad_(False)
-    x, y = rows(6, 1), rows(6, 2)
-    modes: list[bool] = []
-    frozen.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
-    for budget in (0, 1e9):
-        GradCache([model, frozen], 2, contrastive, memory_budget=budget).cache_step(x, y)
-    assert modes == [False] * 6
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_no_grad_gives_the_loss_alone() -> None:
-    model = Mlp()
-    with torch.no_grad():
-        loss = GradCache([model], 2, lambda rep: rep.sum(), memory_budget=1e9)(rows(6))
-    assert not loss.requires_grad
-    assert model.runs == 3
-
-
-def test_chunks_by_tokens() -> None:
-    model, x = Encoder(), texts([2, 9, 4, 4, 3, 9, 1, 1])
-    GradCache([model], None, lambda rep: rep.sum(), get_rep_fn=pooled, chunk_tokens=10, memory_budget=1e9).cache_step(x)
-    assert model.runs == [(1, 9), (1, 9), (2, 4), (4, 3)]
-    model.runs.clear()
-    cache = GradCache([model], 3, lambda rep: rep.sum(), get_rep_fn=pooled, chunk_tokens=10, sort_by_length=False)
-    cache.cache_step(x)
-    assert model.runs == [(1, 2), (1, 9), (2, 4), (1, 3), (2, 9), (1, 1)] * 2
-    dense = Mlp()
-    GradCache([dense], None, lambda rep: rep.sum(), chunk_tokens=18, memory_budget=1e9).cache_step(rows(7))
-    assert dense.runs == 3  # three rows of six "tokens"
-
-
-def test_a_graph_kept_notices_that_parameters_changed() -> None:
-    model = Mlp()
-    loss = GradCache([model], 2, lambda rep: rep.sum(), memory_budget=1e9)(rows(4))
-    with torch.no_grad():
-        model.layers[3].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="in place"):
-        loss.backward()
-
-
-def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    GradCache([Mlp()], 2, lambda rep: rep.sum(), show_progress=True).cache_step(rows(6))
-    assert "3/3" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
-    with pytest.raises(ImportError, match="tqdm"):
-        GradCache([Mlp()], 2, lambda rep: rep.sum(), show_progress=True)
-
-
-def test_generators_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without a device: the calls must fit torch.cuda's signatures and name the device.
-    devices, states = [torch.device("cuda", 0), torch.device("cuda", 3)], [torch.tensor([1]), torch.tensor([2])]
-    module = Mock(spec=torch.cuda)
-    module.get_rng_state = create_autospec(torch.cuda.get_rng_state, side_effect=states)
-    module.set_rng_state = create_autospec(torch.cuda.set_rng_state)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
-    state = get_rng(devices)
-    set_rng(state)
-    assert [d.type for d, _ in state] == ["cpu", "cuda", "cuda"]
-    assert module.set_rng_state.call_args_list == [call(s, d) for s, d in zip(states, devices, strict=True)]
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "change"),
-    [
-        (TypeError, "models", {"models": Mlp()}),
-        (ValueError, "models", {"models": []}),
-        (ValueError, "chunk_sizes", {"chunk_sizes": [2]}),
-        (ValueError, "chunk_sizes", {"chunk_sizes": 0}),
-        (TypeError, "chunk_sizes", {"chunk_sizes": 2.5}),
-        (TypeError, "chunk_sizes", {"chunk_sizes": True}),
-        (ValueError, "chunk_sizes", {"chunk_sizes": None}),
-        (ValueError, "chunk_tokens", {"chunk_tokens": 0}),
-        (ValueError, "chunk_tokens", {"chunk_tokens": 8, "split_input_fn": lambda x, size: [x]}),
-        (ValueError, "chunk_sizes", {"chunk_sizes": None, "split_input_fn": lambda x, size: [x]}),
-        (TypeError, "loss_fn", {"loss_fn": None}),
-        (TypeError, "get_rep_fn", {"get_rep_fn": 3}),
-        (ValueError, "scaler", {"fp16": True}),
-        (ValueError, "memory_budget", {"memory_budget": -1}),
-        (ValueError, "memory_budget", {"memory_budget": float("nan")}),
-        (TypeError, "memory_budget", {"memory_budget": "1GB"}),
-    ],
-)
-def test_bad_construction(error: type[Exception], match: str, change: dict[str, Any]) -> None:
-    given = {"models": [Mlp(), Mlp()], "chunk_sizes": 2, "loss_fn": contrastive} | change
-    with pytest.raises(error, match=match):
-        GradCache(**given)
-
-
-def test_bad_calls() -> None:
-    cache = GradCache([Mlp(), Mlp()], 2, contrastive)
-    with pytest.raises(ValueError, match=r"model_inputs.*\(2\), got 1"):
-        cache(rows(3))
-    with pytest.raises(TypeError, match=r"model_inputs\[1\].*got str"):
-        cache(rows(3), "text")
-    with pytest.raises(ValueError, match=r"model_inputs\[1\].*\[3, 4\]"):
-        cache(rows(3), [rows(3), rows(4)])
-    with pytest.raises(ValueError, match="no tensor"):
-        cache({}, rows(3))
-    with pytest.raises(TypeError, match="no_sync_except_last"):
-        cache.cache_step(rows(3), rows(3), no_sync_except_last=True)
-    with pytest.raises(TypeError, match=r"get_rep_fn.*dict"):
-        GradCache([Encoder()], 2, contrastive)(texts([3, 1]))
-    with pytest.raises(ValueError, match="sort_by_length=False"):
-        GradCache([Encoder()], 2, contrastive, get_rep_fn=lambda out: pooled(out)[:1])(texts([3, 1, 2, 2]))
-    with pytest.raises(TypeError, match="loss_fn"):
-        GradCache([Mlp()], 2, lambda rep: (rep.sum(), {})).cache_step(rows(3))
-    loss = GradCache([Mlp()], 2, lambda rep: rep.sum())(rows(3).requires_grad_())
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        loss.backward(create_graph=True)
-    x = rows(3).requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"\.grad"):
-        torch.autograd.grad(GradCache([Mlp()], 2, lambda rep: rep.sum())(x), x)
 
 
 # ---- luyug's functional form

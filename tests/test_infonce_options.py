@@ -140,6 +140,22 @@ def test_prefixes_in_one_pass(variant: str, similarity: str, rows: int, columns:
     check(tensors, options, ("queries", "temperature"))
 
 
+@pytest.mark.parametrize("extra", [(), ("query_to_query",), ("doc_to_doc",), ("query_to_query", "doc_to_doc"), None])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (50, 100), (420, 900)])
+def test_both_ways_at_once(variant: str, rows: int, columns: int, extra: tuple[str, ...] | None) -> None:
+    """doc_to_query without hooks: squares and beyond, documents that are nobody's positive; None: per direction."""
+    tensors = {"queries": torch.randn(rows, 37), "documents": torch.randn(columns, 37), "weights": torch.rand(rows),
+               "temperature": torch.rand(rows) * 0.5 + 0.1}  # fmt: skip
+    if rows == 50:  # column blocks, of another dtype
+        tensors["documents"] = tensors["documents"].bfloat16()
+    mode = "per_direction" if extra is None else "joint"
+    options = {"directions": ("query_to_doc", "doc_to_query", *(extra or ())), "partition_mode": mode}
+    check(tensors, options)
+    if rows == 50:
+        for frozen in (("documents",), ("queries",), ("queries", "documents")):
+            check(tensors, {**options, "similarity": "dot", "reduction": "none"}, frozen)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_is_nan(variant: str, backend: str) -> None:
     """Everything hidden, every vector alike, zero vectors, one row, a small τ: with every option at once."""
@@ -161,17 +177,15 @@ def test_nothing_is_nan(variant: str, backend: str) -> None:
         assert (x == 0).all(), name
 
 
-@pytest.mark.parametrize("prefixes", [False, True])
-def test_frozen_documents_and_thread_counts(prefixes: bool) -> None:
-    """The same bits, with every option at once and with prefixes that share their products."""
+@pytest.mark.parametrize("kernel", ["rows", "prefixes", "both ways"])
+def test_frozen_documents_and_thread_counts(kernel: str) -> None:
+    """The same bits, with every option at once, with prefixes that share their products, and with both ways at once."""
     case = next(case for case in pairwise() if case["rows"] == 513 and len(case["directions"][0]) > 1)
     case = {**case, "dim": 33, "dtype": torch.float32, "guide": ("absolute", 0.0), "negatives": 1, "matryoshka": True}
     tensors, options = build({**case, "temperature": "rows"})
-    if prefixes:
-        tensors, options = (
-            {name: torch.randn(513, 40) for name in ("queries", "documents")},
-            {"matryoshka_dims": (40, 16)},
-        )
+    if kernel != "rows":
+        tensors = {name: torch.randn(900, 40) for name in ("queries", "documents")}
+        options = {"matryoshka_dims": (40, 16)} if kernel == "prefixes" else {"directions": ALL}
     threads, runs = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
@@ -225,6 +239,7 @@ MEMORY: dict[str, str] = {
     "all directions": f"directions={ALL}, hardness_mode='all_negatives', hardness_strength=1.0, negatives=d[:, None], "
     "negative_weights=g[:, 0].abs()",
     "per direction": f"directions={ALL[::2]}, partition_mode='per_direction', return_metrics=True, {GUIDE}",
+    "both ways": f"directions={ALL}",
     "prefix after prefix": "matryoshka_dims=(32, 8), label_smoothing=0.1",
     "prefixes": f"matryoshka_dims=(32, 16), {GUIDE}, {LABELS}",
     "reference": f"{GUIDE}, {LABELS}, label_smoothing=0.1, backend='reference'",

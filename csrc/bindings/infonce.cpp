@@ -57,6 +57,41 @@ std::vector<float> logarithms(const OptionalTensor& weights) {
   return values;
 }
 
+// Both directions of every pair of vectors at once; csrc/cpu/infonce_mutual.h.
+void run_mutual(InfoNCEParams& p, const ek::InfoNCEKernels& kernels, int64_t panel) {
+  const int64_t kinds = p.pass[p.passes - 1].anchors + 1, blocks = blocks_of(p.n, ek::infonce_block);
+  const auto for_panels = [&](const auto& rows, const auto& columns) {
+    for (int64_t kind = 0; kind < kinds; kind++) {
+      for (p.panel_begin = 0; p.panel_begin < p.n; p.panel_begin = p.panel_end) {
+        p.panel_end = std::min(p.panel_begin + panel, p.n);
+        const int64_t in_panel = p.panel_end - p.panel_begin, work = in_panel * p.columns[0].count * p.dim;
+        ek::for_tasks(blocks_of(in_panel, ek::infonce_rows), work, ek::infonce_scratch_floats(p),
+                      [&](int64_t group, float* space) { rows(kind, group, space); });
+        for (int64_t set = 0; set < 2; set++) columns(kind, set, work);
+      }
+    }
+  };
+  ek::for_tasks(blocks, p.n * p.dim, 0, [&](int64_t block, float*) { kernels.mutual_begin(p, block); });
+  for_panels([&](int64_t kind, int64_t group, float* space) { kernels.mutual_sums(p, kind, group, space); },
+             [&](int64_t kind, int64_t set, int64_t work) {
+               ek::for_tasks(blocks, work, 0,
+                             [&](int64_t block, float*) { kernels.mutual_merge(p, kind, set, block); });
+             });
+  ek::for_tasks(blocks, p.n * p.dim, 0, [&](int64_t block, float*) { kernels.mutual_finish(p, block); });
+  if (!p.d_queries && !p.columns[0].gradient) return;
+  const auto of_columns = [&](int64_t set, int64_t work, const auto& task) {
+    if (!p.columns[set].gradient) return;
+    ek::for_tasks(blocks_of(p.columns[set].count, ek::infonce_block), work, 0, task);
+  };
+  for_panels([&](int64_t kind, int64_t group, float* space) { kernels.mutual_rows(p, kind, group, space); },
+             [&](int64_t kind, int64_t set, int64_t work) {
+               of_columns(set, work, [&](int64_t block, float*) { kernels.mutual_columns(p, kind, set, block); });
+             });
+  for (int64_t set = 0; set < 2; set++) {
+    of_columns(set, p.n * p.dim, [&](int64_t block, float*) { kernels.mutual_gradients(p, set, block); });
+  }
+}
+
 // The losses and the gradients of Σ d_loss · loss, float32; those not wanted are empty. Rows are `rows` queries from
 // `offset` on; their gradients as columns, and so all that queries outside have, are d_query_columns.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_nce(
@@ -134,6 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     return result;
   };
   const bool from_documents = doc_to_query || doc_to_doc, to_queries = query_to_query || doc_to_query;
+  p.hooks = query_labels || guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
+  p.mutual = doc_to_query && !p.hooks && !targets && !positives && !negatives && !p.levels && p.n > 0 && offset == 0 &&
+             p.n == of_queries.count;
   Tensor loss = wanted(true, p.loss, {p.n});
   Tensor row_metrics = wanted(metrics, p.metrics, {p.n, 4});
   Tensor queries_gradient = wanted(d_queries, p.d_queries, {p.n, p.dim});
@@ -142,8 +180,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   Tensor negatives_gradient = wanted(d_negatives, p.d_negatives, {p.n, p.k, p.dim});
   Tensor positives_gradient = wanted(d_positives, p.d_positives, {p.n, p.dim});
   Tensor temperature_gradient = wanted(d_temperature, p.d_temperature, {p.n});
-  Tensor anchors_gradient = wanted(d_documents && from_documents && !positives, p.d_anchors, {p.n, p.dim});
-  if (p.n == 0) {
+  const bool as_rows = p.mutual ? doc_to_doc : from_documents;
+  Tensor anchors_gradient = wanted(d_documents && as_rows && !positives, p.d_anchors, {p.n, p.dim});
+  if (p.n == 0 || p.mutual) {
     if (d_documents) torch::stable::zero_(documents_gradient);
     if (of_queries.gradient) torch::stable::zero_(columns_gradient);
   }
@@ -156,13 +195,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   }
   p.anchors = from_documents ? 2 : 1;
   p.parts = per_direction && doc_to_query ? 2 : 1;
-  p.pass[p.passes++] = {0, 0, 0, true, of_documents.count, of_target.data(), nullptr, nullptr};
+  const auto add_pass = [&](int32_t anchors, int32_t columns, int32_t part, bool own_apart, int64_t period,
+                            const std::vector<int32_t>& key) {
+    const bool own_back = p.passes == 0 && p.parts == 1;
+    p.pass[p.passes++] = {anchors, columns, part, own_apart, period, key.data(), nullptr, nullptr, p.mutual, own_back};
+  };
   const int64_t q = std::max(of_queries.count, int64_t(1));
-  if (query_to_query) p.pass[p.passes++] = {0, 1, 0, true, q, of_query.data(), nullptr, nullptr};
-  if (doc_to_query)
-    p.pass[p.passes++] = {1, 1, int32_t(p.parts - 1), p.parts > 1, q, of_query.data(), nullptr, nullptr};
-  if (doc_to_doc) p.pass[p.passes++] = {1, 0, 0, true, period, of_blocks.data(), nullptr, nullptr};
-  p.hooks = query_labels || guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
+  add_pass(0, 0, 0, true, of_documents.count, of_target);
+  if (query_to_query) add_pass(0, 1, 0, true, q, of_query);
+  if (doc_to_query && !p.mutual) add_pass(1, 1, int32_t(p.parts - 1), p.parts > 1, q, of_query);
+  if (doc_to_doc) add_pass(1, 0, 0, true, period, of_blocks);
   const bool by_product = document_weights || negative_weights || hardness != 0;  // how τ's gradient is summed
   p.sum_anchors[0] = d_queries || (d_temperature && by_product);
   p.sum_anchors[1] = from_documents && (p.d_anchors || p.d_positives || (d_temperature && by_product));
@@ -184,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   const ek::InfoNCEKernels& kernels = ek::variant().infonce;
   const auto multiplies = [](const InfoNCEVectors& x) { return x.dtype == ek::DType::bf16 && x.stride % 2 == 0; };
   // Not where τ's gradient comes from d_queries: rounded exponentials would show in it.
-  p.paired = kernels.pairs && p.levels == 0 && p.dim % 2 == 0 && !(d_temperature && by_product) &&
+  p.paired = kernels.pairs && p.levels == 0 && !p.mutual && p.dim % 2 == 0 && !(d_temperature && by_product) &&
              multiplies(of_documents.vectors) && multiplies(of_queries.vectors) &&
              (!positives || multiplies(p.positives));
   for (int64_t set = 0; set < 2; set++) {
@@ -207,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
       continue;
     }
     keep(set.gradient, pass.exponentials, {groups, set.count, ek::infonce_rows});
-    keep(set.gradient, pass.block_max, {groups, blocks_of(set.count, ek::infonce_block), ek::infonce_rows});
+    keep(set.gradient && !p.mutual, pass.block_max,
+         {groups, blocks_of(set.count, ek::infonce_block), ek::infonce_rows});
   }
   for (int64_t kind = 0; kind < p.anchors; kind++) {
     keep(true, p.unit_anchors[kind], {panel, p.stride});
@@ -223,6 +266,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     p.row_share[part] = of_rows + (4 * part + 3) * panel;
   }
   p.positive_scale = of_rows + 8 * panel;
+  if (p.mutual) {
+    for (float** data : {&p.rate, &p.positive, &p.pair}) keep(true, *data, {p.n});
+    for (int64_t kind = 0; kind < 2; kind++) {
+      keep(true, p.row_sums[kind], {3, p.n});
+      keep(true, p.column_sums[kind], {3, p.n});
+      keep(true, p.tile_sums[kind], {groups, 3, p.n});
+      keep(true, p.anchor_max[kind], {p.n});
+      keep(true, p.anchor_scale[kind], {p.n});
+    }
+  }
 
   if (guide_queries && guide_documents) {
     p.guide_dim = guide_queries->size(1);
@@ -252,7 +305,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     ek::for_tasks(blocks, of_documents.count * p.dim, 0,
                   [&](int64_t block, float*) { kernels.prefix_ratios(p, block); });
   }
-  for (p.panel_begin = 0; p.panel_begin < p.n; p.panel_begin = p.panel_end) {
+  if (p.mutual) run_mutual(p, kernels, panel);
+  for (p.panel_begin = 0; !p.mutual && p.panel_begin < p.n; p.panel_begin = p.panel_end) {
     p.panel_end = std::min(p.panel_begin + panel, p.n);
     const int64_t in_panel = p.panel_end - p.panel_begin, work = in_panel * all_columns * p.dim;
     ek::for_tasks(

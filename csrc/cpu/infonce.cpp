@@ -6,6 +6,7 @@
 // Other targets than the positive alone (label smoothing, columns with the row's label) take p - y for p - [j = t]:
 // y is `spread` on every visible column and `share` on those with the label, so that sums over columns serve.
 // A direction is a pass: the queries or their positives against documents or queries, in one softmax or two.
+#include "infonce_mutual.h"
 #include "infonce_prefixes.h"
 
 namespace ek::EK_VARIANT {
@@ -325,7 +326,9 @@ void add_anchors(const InfoNCEParams& p) {
 }  // namespace
 
 extern const InfoNCEKernels infonce;  // without this line a const is private to the file
-const InfoNCEKernels infonce = {normalise,   column_sum,    guide,       rows,           columns,
-                                add_anchors, prefix_ratios, prefix_rows, prefix_columns, has_pairs};
+const InfoNCEKernels infonce = {normalise,        column_sum,    guide,         rows,           columns,
+                                add_anchors,      prefix_ratios, prefix_rows,   prefix_columns, mutual_begin,
+                                mutual_sums,      mutual_merge,  mutual_finish, mutual_rows,    mutual_columns,
+                                mutual_gradients, has_pairs};
 
 }  // namespace ek::EK_VARIANT

@@ -35,6 +35,15 @@ struct InfoNCEKernels {
   void (*prefix_ratios)(const InfoNCEParams&, int64_t block);
   void (*prefix_rows)(const InfoNCEParams&, int64_t group, float* scratch);
   void (*prefix_columns)(const InfoNCEParams&, int64_t block);
+  // A mutual call. For the losses: of a block of rows; panel by panel of each kind, groups and then columns; rows.
+  void (*mutual_begin)(const InfoNCEParams&, int64_t block);
+  void (*mutual_sums)(const InfoNCEParams&, int64_t kind, int64_t group, float* scratch);
+  void (*mutual_merge)(const InfoNCEParams&, int64_t kind, int64_t set, int64_t block);
+  void (*mutual_finish)(const InfoNCEParams&, int64_t block);
+  // For the gradients: panel by panel of each kind, groups and then columns; at last the columns.
+  void (*mutual_rows)(const InfoNCEParams&, int64_t kind, int64_t group, float* scratch);
+  void (*mutual_columns)(const InfoNCEParams&, int64_t kind, int64_t set, int64_t block);
+  void (*mutual_gradients)(const InfoNCEParams&, int64_t set, int64_t block);
   bool pairs;  // does this variant multiply bfloat16?
 };
 

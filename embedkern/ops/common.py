@@ -108,6 +108,12 @@ class NoSecondDerivative(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.family}: second derivatives only with backend='reference'")
 
 
+def last_backward() -> bool:
+    """Inside a Function's backward: does its graph go now, so that what it saved may be overwritten?"""
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph  # what torch's own donated buffers ask
+    return not torch.compiler.is_compiling() and not keeps()
+
+
 def first_derivatives(family: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients a backward returns; under create_graph they raise if they are differentiated again."""
     if not torch.is_grad_enabled():

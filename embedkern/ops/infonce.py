@@ -205,7 +205,8 @@ class InfoNCEFunction(torch.autograd.Function):
             made, factor = _run(ctx.backend, {**call, "return_metrics": False}, d_row_loss, needs)[2], 1.0
         else:
             made, factor = dict(zip(gradient_names, saved[len(tensor_names) :], strict=True)), d_loss
-        gradients = {name: _as_input(made[name], name, tensors[name], factor) for name in made}
+        spent = ctx.call["reduction"] == "none" or common.last_backward()
+        gradients = {name: _as_input(made[name], name, tensors[name], factor, spent) for name in made}
         if "weights" in needs:
             d_weights = _d_weights(row_loss, tensors["weights"], call["reduction"], call["group"]) * d_loss
             gradients["weights"] = d_weights.to(tensors["weights"].dtype)
@@ -325,13 +326,13 @@ def _run_prefix(
     return row_loss, metrics, {name: d for name, d in zip(names, (d_queries, *gradients), strict=True) if name in needs}
 
 
-def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float) -> Tensor:
-    """A gradient as its input wants it: of its shape and dtype."""
+def _as_input(gradient: Tensor, name: str, x: Tensor, factor: Tensor | float, spent: bool) -> Tensor:
+    """A gradient as its input wants it: of its shape and dtype, in the same memory if nobody asks for it again."""
     if name == "temperature" and x.ndim == 0:
         gradient = gradient.sum()
     if name == "documents":  # rows are padded
         gradient = gradient[:, : x.shape[1]]
-    return (gradient * factor).to(x.dtype)
+    return (gradient.mul_(factor) if spent else gradient * factor).to(x.dtype)
 
 
 def _d_row_loss(call: dict[str, Any]) -> Tensor:
