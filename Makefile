@@ -54,7 +54,7 @@ $(VENV)/tools: constraints.txt
 	touch $@
 
 $(VENV)/native: $(VENV)/tools pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,demo,examples]"
 	touch $@
 
 clean:

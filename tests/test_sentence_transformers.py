@@ -16,51 +16,31 @@ import torch.distributed as dist
 
 pytest.importorskip("sentence_transformers", minversion="6")
 
-import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as their_losses
 from sentence_transformers.sentence_transformer import modules as their_modules
 from sentence_transformers.util import cos_sim, dot_score, manhattan_sim
+from sentence_transformers_cases import (  # noqa: F401  one_thread is a fixture
+    DIM,
+    ROWS,
+    WORDS,
+    assert_same,
+    one_thread,
+    sentence_transformer,
+    texts,
+    transformer_folder,
+)
 
 from embedkern import nn as ek_nn
 from embedkern.sentence_transformers import losses, modules
 
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 NAMES = ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "GISTEmbedLoss", "CachedGISTEmbedLoss")
-WORDS = [chr(97 + i) * n for i in range(20) for n in (1, 2)]
-ROWS, DIM = 8, 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: on busy cores their threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def transformer_folder(path, words, width=DIM):
-    path.mkdir()
-    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    transformers.BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path)
-    config = transformers.BertConfig(
-        vocab_size=len(words) + 5, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=40, initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(len(words))
-    transformers.BertModel(config).save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return transformer_folder(tmp_path_factory.mktemp("models") / "student", WORDS)
-
-
-def sentence_transformer(folder, pooling=their_modules.Pooling, **options):
-    transformer = their_modules.Transformer(folder, **options)
-    return SentenceTransformer(modules=[transformer, pooling(DIM)], device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +54,6 @@ def guide(tmp_path_factory):
     return sentence_transformer(transformer_folder(tmp_path_factory.mktemp("models") / "guide", WORDS[::-1] + ["zz"]))
 
 
-def texts(columns, seed=0):
-    generator = random.Random(seed)
-    return [
-        [" ".join(generator.choices(WORDS, k=generator.randint(1, 9))) for _ in range(ROWS)] for _ in range(columns)
-    ]
-
-
 def embeddings(columns, dim=12, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     shared = torch.randn(ROWS, dim)
@@ -90,10 +63,6 @@ def embeddings(columns, dim=12, seed=0, dtype=torch.float32):
 def in_parts(columns, size=3):
     """As the cached losses hold representations."""
     return [[x.detach().requires_grad_() for x in column.split(size)] for column in columns]
-
-
-def assert_same(ours, theirs, tolerance=1e-5):
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def run(loss, inputs):
