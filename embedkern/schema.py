@@ -5,6 +5,7 @@ A size or a count is a SymInt: declared as int, each new value would compile ane
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -60,16 +61,19 @@ def _empty_in_order_of(like: Tensor, last: int) -> Tensor:
     return like.new_empty([sizes[dim] for dim in order]).permute(inverse)
 
 
-def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         _empty_in_order_of(query, value.shape[-1]),
         query.new_empty(query.shape[:-1], dtype=torch.float32),
+        query.new_empty((0,), dtype=torch.float32),
     )
 
 
 def _attention_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
+    out: Tensor | None,
+    statistics: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,6 +180,18 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+NARROW = {"cuda"}  # devices whose products of 16-bit numbers are fast and add up in float32
+
+
+def computed(x: Tensor) -> torch.dtype:
+    """What latent attention computes in: on a CPU products of low precision are slower and round more."""
+    return x.dtype if x.device.type in NARROW else _wide(x)
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
+
+
 def _latent_attention_forward(
     hidden: Tensor,
     lengths: Tensor | None,
@@ -193,7 +209,8 @@ def _latent_attention_forward(
     rows = math.prod(hidden.shape[:-1]) if keep else 0
     absorbed = (2, latents.shape[0] * num_heads, width) if absorbs(latents, to_q, num_heads) else (0,)
     shapes = ((batch, width), (batch, inner // 2), (rows, width), (latents.shape[0], to_kv.shape[0]), absorbed)
-    pooled, gated, attended, kv, tables = (hidden.new_empty(shape, dtype=_wide(hidden)) for shape in shapes)
+    dtypes = (_wide(hidden), _wide(hidden), *(computed(hidden),) * 3)
+    pooled, gated, attended, kv, tables = map(functools.partial(_empty, hidden), shapes, dtypes)
     return hidden.new_empty((batch, width)), pooled, gated, attended, hidden.new_empty((rows, inner)), kv, tables
 
 
@@ -210,9 +227,10 @@ def _multi_layer_attention_forward(
     latents, to_q, to_kv, inner = weights[0], weights[1], weights[2], weights[11].shape[0]
     batch, count, width = layers.shape
     rows = batch * latents.shape[0] if keep else 0
-    shapes = ((batch, width), (batch, inner // 2), (rows, width), (latents.shape[0], to_q.shape[0]))
-    pooled, gated, attended, q = (layers.new_empty(shape, dtype=_wide(layers)) for shape in shapes)
-    kv = layers.new_empty((batch, count, to_kv.shape[0]), dtype=_wide(layers))
+    shapes: list[tuple[int, ...]] = [(batch, width), (batch, inner // 2), (rows, width)]
+    shapes += [(latents.shape[0], to_q.shape[0]), (batch, count, to_kv.shape[0])]
+    dtypes = (_wide(layers), _wide(layers), *(computed(layers),) * 3)
+    pooled, gated, attended, q, kv = map(functools.partial(_empty, layers), shapes, dtypes)
     return layers.new_empty((batch, width)), pooled, gated, attended, layers.new_empty((rows, inner)), q, kv
 
 
@@ -275,16 +293,18 @@ OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     # padded (B, H, L, D) or, with cu_seqlens, packed (T, H, D); bias, relative_bias, temperature and scale float32,
     # the last two or their numbers; window_left or _right -1: no bound, softcap 0: none, seed () int64 for dropout
+    # statistics: what backward takes with out where the kernel saves something for it, else empty
     "attention_forward": (
-        f"(Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}) -> (Tensor out, Tensor lse)",
+        f"(Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}) -> "
+        "(Tensor out, Tensor lse, Tensor statistics)",
         _attention_forward,
     ),
     # a gradient that isn't needed is empty
     "attention_backward": (
-        f"(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, {_ATTENTION_OPTIONS}, bool need_query, "
-        "bool need_key, bool need_value, bool need_bias, bool need_relative_bias, bool need_temperature, "
-        "bool need_scale) -> (Tensor d_query, Tensor d_key, Tensor d_value, Tensor d_bias, Tensor d_relative_bias, "
-        "Tensor d_temperature, Tensor d_scale)",
+        "(Tensor d_out, Tensor? d_lse, Tensor? out, Tensor? statistics, Tensor query, Tensor key, Tensor value, "
+        f"{_ATTENTION_OPTIONS}, bool need_query, bool need_key, bool need_value, bool need_bias, "
+        "bool need_relative_bias, bool need_temperature, bool need_scale) -> (Tensor d_query, Tensor d_key, "
+        "Tensor d_value, Tensor d_bias, Tensor d_relative_bias, Tensor d_temperature, Tensor d_scale)",
         _attention_backward,
     ),
     # The losses of `rows` queries from `offset` on. Gradients of Σ d_loss · loss, float32; those not wanted are empty.
@@ -366,9 +386,9 @@ for _name, (_signature, _fake) in (OPERATORS | PYTHON_OPERATORS).items():
     _define(_name, _signature, _fake)
 
 
-def twin(name: str, backend: str, kernel: Callable[..., Any], device: str) -> Any:
+def twin(name: str, backend: str, kernel: Callable[..., Any], device: str, fake: Callable[..., Any]) -> Any:
     """The operator `name`_`backend` of the same row, which runs a Python function: for backends that have no C++."""
-    _define(f"{name}_{backend}", *OPERATORS[name])
+    _define(f"{name}_{backend}", OPERATORS[name][0], fake)
     _library.impl(f"{name}_{backend}", kernel, device.upper())
     return getattr(torch.ops.embedkern, f"{name}_{backend}").default
 

@@ -12,6 +12,12 @@ from embedkern import _native
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", action="store_true", help="compile every Triton kernel: minutes")
+    parser.addoption("--shard", default="0/1", help="I/N: every N-th test, from the I-th on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[shard::shards]
 
 
 @pytest.fixture(autouse=True)

@@ -313,7 +313,7 @@ def test_opcheck() -> None:
     )
     d_out, d_lse = torch.randn(2, 5, 4, 16).transpose(1, 2), torch.randn(2, 4, 5)
     for needs in ((True,) * 7, (True, False, False, True, False, True, False)):
-        arguments = (d_out, d_lse, q.detach(), k.detach(), v.detach(), *options, *needs)
+        arguments = (d_out, d_lse, None, None, q.detach(), k.detach(), v.detach(), *options, *needs)
         torch.library.opcheck(OPS.attention_backward.default, arguments, test_utils=tests)
     x, cu_seqlens = torch.randn(9, 2, 8), torch.tensor([0, 4, 9])
     without = False, -1, -1, 0.0, 0.0, None

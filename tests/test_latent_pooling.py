@@ -4,86 +4,22 @@ forms of the projections; what is computed and kept; bad input; torch's own mach
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_accurate
+from latent_cases import DTYPES, FORMS, HEADS, NAN, WIDTH, block, check, layouts, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import embedkern as ek
 from embedkern import nn
 from embedkern.backends import latent_pooling as backend
+from embedkern.backends import latent_rows
 from embedkern.reference.latent_pooling import Block
 from embedkern.schema import OPS
-
-NAN = float("nan")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDTH, HEADS = 24, 3
-FORMS = {"absorbed projections": (5, 8), "projections as written": (9, 4)}  # N, D
-
-
-def block(
-    num_latents: int, head_dim: int, dtype: torch.dtype = torch.float64, width: int = WIDTH
-) -> list[torch.Tensor]:
-    rows, inner = HEADS * head_dim, 2 * width
-
-    def matrix(out: int, terms: int) -> torch.Tensor:
-        return torch.randn(out, terms) / terms**0.5
-
-    norms = [x for _ in range(3) for x in (1 + 0.3 * torch.randn(width), 0.3 * torch.randn(width))]
-    return [
-        x.to(dtype)
-        for x in (
-            torch.randn(num_latents, width),
-            *(matrix(rows, width), matrix(2 * rows, width), matrix(width, rows)),
-            *norms,
-            *(matrix(2 * inner, width), torch.randn(2 * inner)),
-            *(matrix(width, inner), torch.randn(width)),
-        )
-    ]
-
-
-def run(function: Callable[..., Any], tensors: list[torch.Tensor], dtype: torch.dtype, **options: Any) -> list[Any]:
-    inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
-    out = function(*inputs, HEADS, **options)
-    upstream = torch.linspace(-1, 1.3, out.numel(), dtype=torch.float64).sin().view(out.shape).to(out.dtype)
-    return [out, *torch.autograd.grad(out, inputs, upstream)]
-
-
-def check(function: Callable[..., Any], tensors: list[torch.Tensor], dtype: torch.dtype, **options: Any) -> None:
-    """The output and the gradient of every tensor against the reference in float64 and at this dtype."""
-    tensors = [x.to(dtype) for x in tensors]
-    ours = run(function, tensors, dtype, **options)
-    exact = run(function, tensors, torch.float64, backend="reference", **options)
-    torchs = run(function, tensors, dtype, backend="reference", **options)
-    for i, (a, b, c) in enumerate(zip(ours, exact, torchs, strict=True)):
-        assert_accurate(a, b, c, 2 if i == 0 else 3, f"{function.__name__} {i} {list(options)}")
-
-
-def layouts(length: int = 11) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """hidden with NaN wherever it isn't pooled, and the arguments that say so."""
-    lengths = torch.tensor([length, 0, 1, length - 4])
-    real = torch.arange(length) < lengths[:, None]
-    holes = torch.rand(4, length) < 0.5
-    for mask, options in (
-        (torch.ones(4, length, dtype=torch.bool), {}),
-        (real, {"lengths": lengths, "normalize": False}),
-        (real.flip(1), {"mask": real.flip(1)}),
-        (holes, {"mask": holes.int()}),
-        (real & (torch.arange(length) >= 2), {"lengths": lengths.int(), "skip": 2}),
-    ):
-        hidden = torch.randn(4, length, WIDTH)
-        hidden[~mask] = NAN
-        yield hidden, options
-    skip = torch.tensor([1, 0, 3, 0])
-    packed = torch.randn(3 * length, WIDTH)
-    packed[0] = packed[length : length + 3] = NAN
-    bounds = torch.tensor([0, length, length, 2 * length, 3 * length])
-    yield packed, {"cu_seqlens": bounds, "skip": skip, "eps": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +33,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "TILE", 7)
+    monkeypatch.setitem(latent_rows.TILE, "cpu", 7)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -302,7 +238,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_weights_of_all_tokens_and_no_padding_computed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "TILE", 16)
+    monkeypatch.setitem(latent_rows.TILE, "cpu", 16)
     num_latents, head_dim = (100, 120) if "absorbed" in form else (100, 40)
     weights, tokens = block(num_latents, head_dim, torch.float32), 400
     lengths = torch.tensor([tokens - 60, 60, 0])

@@ -92,6 +92,15 @@ def test_packed_batches_compile() -> None:
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+def test_latent_attention_compiles(architecture: int) -> None:
+    found = resources.latent_launches(4096, 16384, 64)
+    assert [launch.name for launch in found] == ["sums", "sums", "d_gated"]
+    for launch in found:
+        got = assert_sound(launch, architecture)
+        assert got.blocks >= 8, f"{launch.name}: {got}"  # bound by memory: half of an SM's threads or more
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("dim", [8, 32, 64, 128, 256])
 def test_every_kernel(request: pytest.FixtureRequest, dim: int, dtype: torch.dtype, architecture: int) -> None:

@@ -307,7 +307,7 @@ void run(const Attention& p, Kernel kernel, const std::vector<ek::AttentionTask>
   });
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OPTIONS) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OPTIONS) {
   query = ek::with_unit_stride(query);
   key = ek::with_unit_stride(key);
   value = ek::with_unit_stride(value);
@@ -320,14 +320,14 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, OPTIO
   p.lse = strided_rows(lse);
 
   run(p, ek::variant().attention.forward, p.forward_tasks(), p.work(), p.scratch(false));
-  return {out, lse};
+  return {out, lse, nothing(query, ek::ScalarType::Float)};  // backward computes the weights anew
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients backward(Tensor d_out, OptionalTensor d_lse, Tensor query, Tensor key, Tensor value, OPTIONS, bool need_query,
-                   bool need_key, bool need_value, bool need_bias, bool need_relative_bias, bool need_temperature,
-                   bool need_scale) {
+Gradients backward(Tensor d_out, OptionalTensor d_lse, OptionalTensor /*out*/, OptionalTensor /*statistics*/,
+                   Tensor query, Tensor key, Tensor value, OPTIONS, bool need_query, bool need_key, bool need_value,
+                   bool need_bias, bool need_relative_bias, bool need_temperature, bool need_scale) {
   d_out = ek::with_unit_stride(d_out);
   query = ek::with_unit_stride(query);
   key = ek::with_unit_stride(key);

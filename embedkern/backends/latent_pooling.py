@@ -1,26 +1,24 @@
-"""Latent attention on torch's own matrix products, a tile of rows at a time.
+"""Latent attention on torch's own matrix products, a tile of rows at a time; on a GPU with Triton kernels between them.
 
 The latents are the same for every token, so what is computed of them is computed once a call. With M = K·Wq and
 G = V·Woᵀ of each head (absorbed projections), a token's attention is softmax(x·Mᵀ)·G: 4·C·H·N operations instead of
 4·C·H·D + 4·D·H·N. The feed-forward's last linear map comes after the mean. What is kept for the backward pass has C and
-2·F values a row; the H·N weights are computed again.
+2·F values a row; the H·N weights are computed again. `fused` is None on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import Backend, Rule
-from ..reference.latent_pooling import NORM_EPS, Block, pooled_rows
-from ..schema import OPS, absorbs, implement
-
-TILE = 1024  # rows; the gradient of the feed-forward's first matrix is read and written once a tile
+from ..reference.latent_pooling import NORM_EPS, Block
+from ..schema import OPS, absorbs, computed, implement
+from . import triton
+from .latent_rows import Rows, Tile, add_pieces, device_rows_of, rows_of
 
 ALIGN = 64  # of products' rows and columns
 # the weights whose gradients pass through the latents' keys and values
@@ -29,41 +27,16 @@ ATTENTION = ("latents", "to_q", "to_kv", "to_out", "context_weight", "context_bi
 aten = torch.ops.aten
 
 
-class Tile(NamedTuple):
-    rows: slice
-    pieces: list[tuple[int, slice]]  # (sequence, its rows, counted from the tile's first)
-
-
-def tiles(counts: Sequence[int]) -> Iterator[Tile]:
-    """Rows of sequences that follow each other, in tiles that may cut sequences."""
-    ends = list(accumulate(counts))
-    sequence, total = 0, ends[-1] if ends else 0
-    for begin in range(0, total, TILE):
-        end, at = min(begin + TILE, total), begin
-        pieces = []
-        while at < end:
-            while ends[sequence] <= at:
-                sequence += 1
-            to = min(ends[sequence], end)
-            pieces.append((sequence, slice(at - begin, to - begin)))
-            at = to
-        yield Tile(slice(begin, end), pieces)
-
-
-def add_pieces(sums: Tensor, x: Tensor, tile: Tile) -> None:
-    """sums[sequence] += Σ its rows of x."""
-    for sequence, rows in tile.pieces:
-        sums[sequence] += x[rows].sum(0)
-
-
 def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a·b of matrices or batches of them; written to out, or added to it.
+    """a·b of matrices or batches of them; written to out, or added to it. out may be wider than they are.
 
     MKL gives other bits with another number of threads, but not where the result's sizes are multiples of 64 (of 500
     shapes with 1 to 16 threads none differed, of 200 others a third): what isn't is padded.
     """
     rows, columns = -a.shape[-2] % ALIGN, -b.shape[-1] % ALIGN
-    if rows or columns:
+    if out is not None and out.dtype != a.dtype:
+        return out.add_(product(a, b)) if add else out.copy_(product(a, b))
+    if (rows or columns) and a.device.type == "cpu":
         padded = F.pad(a, (0, 0, 0, rows)) if rows else a, F.pad(b, (0, columns)) if columns else b
         whole = product(*padded)[..., : a.shape[-2], : b.shape[-1]]
         if out is None:
@@ -88,11 +61,11 @@ class Gradients:
     def add(self, name: str, x: Tensor) -> None:
         """x isn't used after."""
         if self.needed[name]:
-            self.sums[name] = self.sums[name].add_(x) if name in self.sums else x
+            self.sums[name] = self.sums[name].add_(x) if name in self.sums else wide(x)
 
     def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
         if self.needed[name]:
-            self.sums[name] = product(a, b, self.sums.get(name), add=name in self.sums)
+            self.sums[name] = product(a, b, self.sums[name], add=True) if name in self.sums else wide(product(a, b))
 
     def of(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """In each weight's dtype; empty where it isn't needed."""
@@ -109,7 +82,7 @@ class Norm:
     """A layer norm; its backward pass follows the call with the same x."""
 
     def __init__(self, w: Block, name: str, d: Gradients | None = None) -> None:
-        self.name, self.d = name, d
+        self.name, self.d, self.fused = name, d, triton.fused(w.latents)
         self.weight, self.bias = getattr(w, f"{name}_weight"), getattr(w, f"{name}_bias")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -118,26 +91,39 @@ class Norm:
 
     def backward(self, d_out: Tensor, x: Tensor) -> Tensor:
         assert self.d is not None
+        shape, needs = list(x.shape[-1:]), [True, False, False]
+        if self.fused is not None:
+            needs = [True, *(self.d.needed[f"{self.name}_{what}"] for what in ("weight", "bias"))]
+        d_x, *of_weights = aten.native_layer_norm_backward(
+            d_out, x, shape, self.mean, self.rstd, self.weight, self.bias, needs
+        )
+        if self.fused is not None:
+            for what, gradient in zip(("weight", "bias"), of_weights, strict=True):
+                self.d.add(f"{self.name}_{what}", gradient)
+            return d_x
         # The sums over rows of torch's own kernel depend on the number of threads.
         if self.d.needed[f"{self.name}_weight"]:
             self.d.add(f"{self.name}_weight", ((x - self.mean).mul_(self.rstd).mul_(d_out)).flatten(0, -2).sum(0))
         if self.d.needed[f"{self.name}_bias"]:
             self.d.add(f"{self.name}_bias", d_out.flatten(0, -2).sum(0))
-        shape, needs = list(x.shape[-1:]), [True, False, False]
-        return aten.native_layer_norm_backward(d_out, x, shape, self.mean, self.rstd, self.weight, self.bias, needs)[0]
+        return d_x
 
 
 class FeedForward:
-    """The residual feed-forward of rows and each sequence's mean: mean(y) + mean(g)·W2ᵀ + b2, g = a·gelu(gate)."""
+    """The residual feed-forward of rows and each sequence's mean: mean(y) + mean(g)·W2ᵀ + b2, g = a·gelu(gate).
 
-    def __init__(self, w: Block, counts: Sequence[int], d: Gradients | None = None) -> None:
-        self.w, self.d, self.counts = w, d, counts
+    numbers (B,): how many rows each sequence has; ends (B,): where they end among all that come."""
+
+    def __init__(self, w: Block, numbers: Tensor, ends: Tensor, d: Gradients | None = None) -> None:
+        self.w, self.d, self.ends, self.fused = w, d, ends, triton.fused(w.latents)
         width, self.inner = w.ff_out_weight.shape
         self.norm = Norm(w, "ff_norm", d)
-        self.per_row = w.latents.new_tensor([1 / max(n, 1) for n in counts])[:, None]  # (B, 1)
+        like = wide(w.latents[:0])
+        self.some = (numbers > 0)[:, None]  # (B, 1)
+        self.per_row = self.some / numbers.clamp(min=1)[:, None].to(like.dtype)
         if d is None:
-            self.attended = w.latents.new_zeros(len(counts), width)
-            self.gated = w.latents.new_zeros(len(counts), self.inner)
+            self.attended = like.new_zeros(len(numbers), width)
+            self.gated = like.new_zeros(len(numbers), self.inner)
 
     def forward(self, y: Tensor, tile: Tile, keep: Tensor | None) -> None:
         """y (t, C); what the backward pass needs is written to keep (t, 2F)."""
@@ -145,6 +131,10 @@ class FeedForward:
         product(self.norm(y), self.w.ff_in_weight.T, u).add_(self.w.ff_in_bias)
         if keep is not None and keep is not u:
             keep.copy_(u)
+        if self.fused is not None:
+            self.fused.add_sums(self.attended, y, self.ends, tile.rows.start)
+            self.fused.add_sums(self.gated, u, self.ends, tile.rows.start, gated=True)
+            return
         a, gate = u.chunk(2, 1)
         add_pieces(self.attended, y, tile)
         add_pieces(self.gated, F.gelu(gate).mul_(a), tile)
@@ -152,30 +142,41 @@ class FeedForward:
     def means(self) -> tuple[Tensor, Tensor]:
         """The pooled rows (B, C), 0 where there are none, and the means of g (B, F)."""
         gated = self.gated * self.per_row
-        some = (self.w.latents.new_tensor(self.counts) > 0)[:, None]
-        mapped = product(gated, self.w.ff_out_weight.T) + self.w.ff_out_bias
-        return self.attended * self.per_row + mapped * some, gated
+        mapped = product(gated.to(self.w.latents.dtype), self.w.ff_out_weight.T) + self.w.ff_out_bias
+        return self.attended * self.per_row + mapped * self.some, gated
 
     def begin_backward(self, d_pooled: Tensor, gated: Tensor) -> None:
         assert self.d is not None
-        some = [i for i, n in enumerate(self.counts) if n]
-        self.d.add_product("ff_out_weight", d_pooled[some].T, gated[some])
-        self.d.add("ff_out_bias", d_pooled[some].sum(0))
-        self.d_y = d_pooled * self.per_row
-        self.d_gated = product(self.d_y, self.w.ff_out_weight)
+        d_pooled = torch.where(self.some, d_pooled, 0)
+        narrow = d_pooled.to(self.w.latents.dtype)
+        self.d.add_product("ff_out_weight", narrow.T, gated.to(narrow.dtype))
+        self.d.add("ff_out_bias", d_pooled.sum(0))
+        # a row that is nobody's reads the last
+        self.d_y, self.d_gated = (
+            F.pad(x * self.per_row, (0, 0, 0, 1)) for x in (d_pooled, product(narrow, self.w.ff_out_weight))
+        )
 
     def backward(self, y: Tensor, u: Tensor, sequences: Tensor) -> Tensor:
         """The gradient of y (t, C), whose rows are of `sequences` (t,)."""
         assert self.d is not None
-        a, gate = u.to(y.dtype).chunk(2, 1)
+        d_u, d_bias = self._d_inner(u.to(y.dtype), sequences)
+        self.d.add_product("ff_in_weight", d_u.T, self.norm(y))
+        if d_bias is not None:
+            self.d.add("ff_in_bias", d_bias)
+        return self.norm.backward(product(d_u, self.w.ff_in_weight), y).add_(self.d_y.index_select(0, sequences))
+
+    def _d_inner(self, u: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of u and, if needed, of its bias."""
+        assert self.d is not None
+        need_bias = self.d.needed["ff_in_bias"]
+        if self.fused is not None:
+            return self.fused.d_gated(u, self.d_gated, sequences, need_bias)
+        a, gate = u.chunk(2, 1)
         d_g = self.d_gated.index_select(0, sequences)
-        d_u = y.new_empty(u.shape)
+        d_u = torch.empty_like(u)
         torch.mul(F.gelu(gate), d_g, out=d_u[:, : self.inner])
         aten.gelu_backward.grad_input(d_g.mul_(a), gate, grad_input=d_u[:, self.inner :])
-        self.d.add_product("ff_in_weight", d_u.T, self.norm(y))
-        if self.d.needed["ff_in_bias"]:
-            self.d.add("ff_in_bias", d_u.sum(0))
-        return self.norm.backward(product(d_u, self.w.ff_in_weight), y).add_(self.d_y.index_select(0, sequences))
+        return d_u, d_u.sum(0) if need_bias else None
 
 
 class Absorbed:
@@ -194,7 +195,7 @@ class Absorbed:
             product(self.v, self.wo.mT, tables[1])
             tables = tables.flatten(1, 2)
         self.tables, (self.m, self.g) = tables, tables
-        self.sums = torch.zeros_like(tables) if d is not None and d.any(*ATTENTION) else None
+        self.sums = torch.zeros_like(wide(tables)) if d is not None and d.any(*ATTENTION) else None
 
     def weights(self, x: Tensor) -> Tensor:
         return product(x, self.m.T).unflatten(1, (self.heads, self.n)).softmax(-1)
@@ -215,7 +216,7 @@ class Absorbed:
         if self.sums is None or self.d is None:
             return None
         d_m, d_g = self.sums.unflatten(1, (self.heads, -1))  # (H, N, C)
-        d_m = d_m * self.scale
+        d_m, d_g = (d_m * self.scale).to(self.k.dtype), d_g.to(self.k.dtype)
         if self.d.needed["to_q"]:
             self.d.add("to_q", product(self.k.mT, d_m).flatten(0, 1))
         if self.d.needed["to_out"]:
@@ -233,7 +234,7 @@ class AsWritten:
         self.scale = (w.to_q.shape[0] // heads) ** -0.5
         self.tables = kv.new_empty(0)
         self.k, self.v = split_heads(kv, 2 * heads).chunk(2)  # (H, N, D)
-        self.sums = torch.zeros_like(kv) if d is not None and d.any("latents", "to_kv", *ATTENTION[4:]) else None
+        self.sums = torch.zeros_like(wide(kv)) if d is not None and d.any("latents", "to_kv", *ATTENTION[4:]) else None
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         q = split_heads(product(x, self.w.to_q.T), self.heads)
@@ -258,7 +259,7 @@ class AsWritten:
         return product(d_q, self.w.to_q)
 
     def end_backward(self) -> Tensor | None:
-        return self.sums
+        return None if self.sums is None else self.sums.to(self.k.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -272,14 +273,19 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def d_softmax(d_p: Tensor, p: Tensor) -> Tensor:
+    if d_p.device.type != "cpu":
+        return aten._softmax_backward_data(d_p, p, -1, p.dtype)
     d_s = d_p * p  # torch's own kernel has other bits for another number of threads
     return d_s.addcmul_(p, d_s.sum(-1, keepdim=True), value=-1)
 
 
-def widen(weights: Sequence[Tensor], like: Tensor) -> Block:
-    """Low precision is computed in float32: the CPU's products of it are slower and round more."""
-    wide = like.dtype if like.dtype == torch.float64 else torch.float32
-    return Block(*(x.to(wide) for x in weights))
+def wide(x: Tensor) -> Tensor:
+    """What is added up is at least float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def as_computed(weights: Sequence[Tensor], like: Tensor) -> Block:
+    return Block(*(x.to(computed(like)) for x in weights))
 
 
 def unit(pooled: Tensor, normalize: bool, eps: float) -> Tensor:
@@ -301,6 +307,10 @@ def d_unit(d_out: Tensor, pooled: Tensor, normalize: bool, eps: float) -> Tensor
     return (d_out - out * along) / divisor
 
 
+def _rows(hidden: Tensor, *places: Tensor | None) -> Rows:
+    return (rows_of if triton.fused(hidden) is None else device_rows_of)(hidden, *places)
+
+
 def latent_attention_forward(
     hidden: Tensor,
     lengths: Tensor | None,
@@ -313,17 +323,16 @@ def latent_attention_forward(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    w = widen(weights, hidden)
-    rows, numbers = pooled_rows(hidden, lengths, mask, cu_seqlens, skip)
-    counts = numbers.tolist()
+    w = as_computed(weights, hidden)
+    rows = _rows(hidden, lengths, mask, cu_seqlens, skip)
     kv = product(Norm(w, "context")(w.latents), w.to_kv.T)
     attention = (Absorbed if absorbs(w.latents, w.to_q, heads) else AsWritten)(w, kv, heads)
-    norm, feed_forward = Norm(w, "norm"), FeedForward(w, counts)
+    norm, feed_forward = Norm(w, "norm"), FeedForward(w, rows.numbers, rows.ends)
     kept = hidden.shape[:-1].numel() if keep else 0
     attended = kv.new_empty(kept, hidden.shape[-1])
     inner = hidden.new_empty(kept, w.ff_in_bias.shape[0])
-    for tile in tiles(counts):
-        x = hidden[tuple(i[tile.rows] for i in rows)].to(kv.dtype)
+    for tile in rows.tiles():
+        x = rows.read(hidden, tile).to(kv.dtype)
         y = torch.add(x, attention.forward(norm(x)), out=attended[tile.rows] if keep else x)
         feed_forward.forward(y, tile, inner[tile.rows] if keep else None)
     pooled, gated = feed_forward.means()
@@ -346,22 +355,19 @@ def latent_attention_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     pooled, gated, attended, inner, kv, tables = saved
-    w = widen(weights, hidden)
+    w = as_computed(weights, hidden)
     d = Gradients(needs[1:])
-    rows, numbers = pooled_rows(hidden, lengths, mask, cu_seqlens, skip)
-    counts = numbers.tolist()
-    sequences = torch.arange(len(counts), device=hidden.device).repeat_interleave(numbers)
+    rows = _rows(hidden, lengths, mask, cu_seqlens, skip)
     attention = (Absorbed if absorbs(w.latents, w.to_q, heads) else AsWritten)(w, kv, heads, d, tables)
-    norm, feed_forward = Norm(w, "norm", d), FeedForward(w, counts, d)
+    norm, feed_forward = Norm(w, "norm", d), FeedForward(w, rows.numbers, rows.ends, d)
     d_hidden = hidden.new_zeros(hidden.shape if needs[0] else (0,))
     feed_forward.begin_backward(d_unit(d_out, pooled, normalize, eps), gated)
-    for tile in tiles(counts):
-        index = tuple(i[tile.rows] for i in rows)
-        x = hidden[index].to(kv.dtype)
-        d_y = feed_forward.backward(attended[tile.rows], inner[tile.rows], sequences[tile.rows])
+    for tile in rows.tiles():
+        x = rows.read(hidden, tile).to(kv.dtype)
+        d_y = feed_forward.backward(attended[tile.rows], inner[tile.rows], rows.sequences[tile.rows])
         d_x = norm.backward(attention.backward(d_y, norm(x)), x)
         if needs[0]:
-            d_hidden[index] = d_x.add_(d_y).to(hidden.dtype)
+            d_hidden[tuple(i[tile.rows] for i in rows.places)] = d_x.add_(d_y).to(hidden.dtype)
     d_kv = attention.end_backward()
     if d_kv is not None:
         context = Norm(w, "context", d)
@@ -374,11 +380,14 @@ implement("latent_attention_forward", latent_attention_forward)
 implement("latent_attention_backward", latent_attention_backward)
 
 _LATENT_OPERATORS = OPS.latent_attention_forward.default, OPS.latent_attention_backward.default
-_ELSEWHERE = Rule(lambda call: call["hidden"].device.type != "cpu", "hidden is on {hidden.device.type}")
+_CPU = Rule(lambda call: call["hidden"].device.type != "cpu", "hidden is on {hidden.device.type}")
 _COSTS_MORE = Rule(
     lambda call: not absorbs(call["latents"], call["to_q"], call["num_heads"]),
     "{latents.shape[0]} latents are not fewer than the {to_q.shape[0]} / {num_heads} dims of a head",
 )
 
-LATENT = Backend("cpu", (_ELSEWHERE, _COSTS_MORE), *_LATENT_OPERATORS, form="absorbed projections")
-LATENT_AS_WRITTEN = Backend("cpu", (_ELSEWHERE,), *_LATENT_OPERATORS, form="projections as written")
+LATENT = tuple(
+    Backend(name, (*rules, *costs), *_LATENT_OPERATORS, form=form)
+    for name, rules in (("triton", triton.rules("hidden")), ("cpu", (_CPU,)))
+    for form, costs in (("absorbed projections", (_COSTS_MORE,)), ("projections as written", ()))
+)

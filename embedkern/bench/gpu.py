@@ -1,17 +1,20 @@
-"""What has to be seen on a GPU: the test suite, `embedkern verify` and attention's speed. `make gpu-check OUT=dir`.
+"""What has to be seen on a GPU: the test suite, `embedkern verify` and speed. `make gpu-check OUT=dir`.
 
-No network, under ten minutes. Writes gpu.log (all that is printed), gpu.json (each step's exit status), attention.csv.
+No network, under ten minutes. Writes gpu.log (all that is printed), gpu.json (each step's exit status), gpu.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import attention
+from ..ops.latent_pooling import latent_attention, multi_layer_attention
 from .harness import Row
+from .pooling import random_block
 
-TOKENS, HEADS = 65536, 12
-SECONDS = {"tests": 330, "verify": 60, "attention": 150}
+DEVICE = "cuda"
+HEADS = 12
+FLUSHED = 64 << 20  # numbers, written between the runs: more than the L2 holds
+SECONDS = {"tests": 270, "verify": 100, "measure": 200}
+SHARDS = max(1, min(8, (os.cpu_count() or 1) // 2))  # of the tests, at once: compiling takes a core
 
 
 def _milliseconds(candidates: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
     """The median of interleaved runs, on the GPU's own clock; each run starts with a cold L2."""
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    flush = torch.empty(FLUSHED, dtype=torch.int32, device=DEVICE)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for i in range(3 + rounds):
         for name, run in candidates.items():
@@ -75,18 +83,20 @@ def _runs(name: str, step: Callable[[], object]) -> bool:
     return True
 
 
-def rows() -> Iterator[Row]:
+def attention_rows(
+    tokens: int = 65536, dims: Sequence[int] = (32, 64, 128), lengths: Sequence[int] = (32, 64, 128, 256, 512)
+) -> Iterator[Row]:
     """Forward, and forward + backward, of whole batches in bfloat16 against every peer that runs them."""
     peers = _peers()
-    for dim in (32, 64, 128):
-        for length in (32, 64, 128, 256, 512):
+    for dim in dims:
+        for length in lengths:
             q, k, v, upstream = (
-                torch.randn(TOKENS // length, length, HEADS, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+                torch.randn(tokens // length, length, HEADS, dim, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
                 for _ in range(4)
             )
             for x in (q, k, v):
                 x.requires_grad_()
-            work = f"{TOKENS} tokens H={HEADS} D={dim} L={length} bfloat16"
+            work = f"{tokens} tokens H={HEADS} D={dim} L={length} bfloat16"
             passes = {
                 "forward": torch.no_grad()(lambda f: f(q, k, v)),  # noqa: B023
                 "forward + backward": lambda f: torch.autograd.grad(f(q, k, v), (q, k, v), upstream),  # noqa: B023
@@ -102,12 +112,40 @@ def rows() -> Iterator[Row]:
                         yield Row("attention-gpu", f"{what}, {work}", name, times["ours"], times[name], ratio, "≥ 1")
 
 
+def latent_rows(width: int = 4096, batches: Sequence[tuple[int, int]] = ((512, 8), (128, 64))) -> Iterator[Row]:
+    """Forward + backward at the papers' sizes in bfloat16 against their modules as written, the reference."""
+
+    def against(function: Callable[..., Tensor], tensors: list[Tensor], heads: int, work: str, **options: Any) -> Row:
+        tensors = [x.detach().bfloat16().requires_grad_() for x in tensors]
+
+        def step(backend: str) -> object:
+            out = function(*tensors, heads, backend=backend, **options)
+            return torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+        times = _milliseconds({name: lambda n=name: step(n) for name in ("triton", "reference")}, 5)  # type: ignore[misc]
+        ours, peer = times["triton"], times["reference"]
+        return Row("latent-gpu", work, "as written", ours, peer, peer / ours, "≥ 2")
+
+    with torch.device(DEVICE):
+        weights = random_block(num_latents=width // 8, heads=8, head_dim=width, width=width, inner=4 * width)
+        for length, batch in batches:
+            sizes = f"{width // 8} latents, 8 heads of {width}, bfloat16"
+            work = f"latent attention {batch}×{length}×{width}, lengths from half of it, {sizes}"
+            lengths = torch.linspace(length // 2, length, batch).long()
+            yield against(latent_attention, [torch.randn(batch, length, width), *weights], 8, work, lengths=lengths)
+        latents, head_dim = 3 * width // 16, width // 2
+        weights = random_block(num_latents=latents, heads=32, head_dim=head_dim, width=width, inner=4 * width)
+        tensors = [torch.randn(8, 32, width), torch.randn(32, width), *weights]
+        work = f"multi-layer attention 8×32 layers×{width}, {latents} latents, 32 heads of {head_dim}, bfloat16"
+        yield against(multi_layer_attention, tensors, 32, work)
+
+
 def measure(out: Path) -> None:
     print(f"attention runs on {_backend()}")
-    with (out / "attention.csv").open("w", newline="") as file:
+    with (out / "gpu.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*(field.name for field in fields(Row)), "device", "torch"])
-        for row in rows():
+        for row in itertools.chain(attention_rows(), latent_rows()):
             writer.writerow([*asdict(row).values(), torch.cuda.get_device_name(), torch.__version__])
             file.flush()
             print(f"{row.work}: {row.ours:.4g} ms, {row.against} {row.peer:.4g} ms, ratio {row.ratio:.2f}", flush=True)
@@ -116,30 +154,39 @@ def measure(out: Path) -> None:
 def _backend() -> str:
     from ..ops.explain import explain
 
-    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device=DEVICE)
     return explain("attention", x, x, x).choice
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """The exit status, -1 when time was up, and what it prints."""
+    few_threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=few_threads)
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return -1, f"{process.communicate()[0]}\nstopped after {seconds} s\n"
+    return process.returncode, printed
 
 
 def check(out: Path) -> int:
     """Runs every step, whatever the others gave; 0 if all passed."""
+    pytest = [sys.executable, "-m", "pytest", "tests", "-q", "--durations=10", "-p", "no:cacheprovider"]
     commands = {
-        "tests": [sys.executable, "-m", "pytest", "tests", "-q", "--durations=10"],
-        "verify": [sys.executable, "-c", "from embedkern.cli import main; raise SystemExit(main(['verify']))"],
-        "attention": [sys.executable, "-m", "embedkern.bench.gpu", "--measure", "--out", str(out)],
+        "tests": [[*pytest, f"--shard={i}/{SHARDS}"] for i in range(SHARDS)],
+        "verify": [[sys.executable, "-c", "from embedkern.cli import main; raise SystemExit(main(['verify']))"]],
+        "measure": [[sys.executable, "-m", "embedkern.bench.gpu", "--measure", "--out", str(out)]],
     }
     steps: dict[str, dict[str, Any]] = {}
     with (out / "gpu.log").open("w") as log:
-        for name, command in commands.items():
+        for name, at_once in commands.items():
             begin = time.perf_counter()
-            try:
-                done = subprocess.run(
-                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS[name]
-                )
-                status, printed = done.returncode, done.stdout
-            except subprocess.TimeoutExpired as error:
-                status, printed = -1, (error.stdout or b"").decode() + f"\nstopped after {SECONDS[name]} s\n"
+            with ThreadPoolExecutor(len(at_once)) as threads:
+                results = list(threads.map(_run, at_once, itertools.repeat(SECONDS[name])))
+            status = next((status for status, _ in results if status != 0), 0)
             steps[name] = {"status": status, "seconds": round(time.perf_counter() - begin, 1)}
-            log.write(f"== {name}: {steps[name]}\n{printed}\n")
+            log.write("\n".join([f"== {name}: {steps[name]}", *(printed for _, printed in results)]))
             print(f"{name}: exit status {status}, {steps[name]['seconds']} s", flush=True)
     versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     (out / "gpu.json").write_text(json.dumps({**versions, "steps": steps}, indent=2) + "\n")

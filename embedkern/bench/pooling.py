@@ -34,7 +34,7 @@ def _step(function: Callable[[Tensor], Tensor], hidden: Tensor, upstream: Tensor
     return lambda: torch.autograd.grad(function(hidden), hidden, upstream)
 
 
-def _block(num_latents: int, heads: int, head_dim: int, width: int = 1024, inner: int = 4096) -> Block:
+def random_block(num_latents: int, heads: int, head_dim: int, width: int = 1024, inner: int = 4096) -> Block:
     def matrix(out: int, terms: int) -> Tensor:
         return torch.randn(out, terms) / terms**0.5
 
@@ -57,12 +57,12 @@ def _latents() -> Iterator[Row]:
         name = "NV-Embed's module as written" if function is latent_attention else "the paper's module as written"
         return versus("pooling", work, step(None), step("reference"), name, goal, rounds=3)
 
-    block = _block(num_latents=128, heads=8, head_dim=1024)
+    block = random_block(num_latents=128, heads=8, head_dim=1024)
     for length, batch, goal in ((512, 6, "≥ 2.5"), (128, 48, "≥ 4")):
         hidden = torch.randn(batch, length, 1024, requires_grad=True)
         work = f"latent attention {batch}×{length}×1024, 128 latents, 8 heads of 1024, float32"
         yield against(latent_attention, (hidden, *block), 8, work, goal)
-    block = _block(num_latents=192, heads=32, head_dim=512)
+    block = random_block(num_latents=192, heads=32, head_dim=512)
     layers, embedding = torch.randn(8, 8, 1024, requires_grad=True), torch.randn(8, 1024, requires_grad=True)
     work = "multi-layer attention 8×8 layers×1024, 192 latents, 32 heads of 512, float32"
     yield against(multi_layer_attention, (layers, embedding, *block), 32, work, "≥ 3")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ..backends.triton import attention
+from ..backends.triton import attention, latent_kernels
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have; an SM has 1 KiB more for each block
@@ -37,6 +38,8 @@ class Launch:
 
     @property
     def tiles(self) -> tuple[int, int]:
+        if "ROWS" in self.options and "COLUMNS" in self.options:
+            return self.options["ROWS"], self.options["COLUMNS"]
         block = self.options.get("BLOCK", 0)
         return self.options.get("BLOCK_Q", block), self.options.get("BLOCK_K", 2 * block)
 
@@ -85,10 +88,31 @@ def launches(
     usual, attention._Call.launch = attention._Call.launch, record  # type: ignore[method-assign]
     try:
         arguments = (q, k, v, *(defaults | options).values())
-        out, lse = attention._run_forward(*arguments)
-        attention._run_backward(out, lse if options.get("d_lse") else None, *arguments, *needs)
+        out, lse, statistics = attention._run_forward(*arguments)
+        d_lse = lse if options.get("d_lse") else None
+        attention._run_backward(out, d_lse, out, statistics if statistics.numel() else None, *arguments, *needs)
     finally:
         attention._Call.launch = usual  # type: ignore[method-assign]
+    return found
+
+
+def latent_launches(rows: int, width: int, batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """What latent attention launches for a tile: sums of rows, of gated units; the gated units' gradient."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        found.append(Launch(kernel, arguments, {**constants, "num_warps": latent_kernels.WARPS}))
+
+    usual, latent_kernels.launch = latent_kernels.launch, record
+    try:
+        with torch.device("meta"):
+            u, sums = torch.empty(rows, 2 * width, dtype=dtype), torch.empty(batch, width)
+            ends, sequences = (torch.empty(n, dtype=torch.int64) for n in (batch, rows))
+            latent_kernels.add_sums(sums, u[:, :width].contiguous(), ends, 0)
+            latent_kernels.add_sums(sums, u, ends, 0, gated=True)
+            latent_kernels.d_gated(u, torch.empty(batch + 1, width), sequences, True)
+    finally:
+        latent_kernels.launch = usual
     return found
 
 
@@ -153,13 +177,20 @@ def table() -> Iterator[tuple[str, Launch, int, Resources]]:
                     yield f"L={length} D={dim}", launch, architecture, resources(launch, architecture)
 
 
+def latent_table() -> Iterator[tuple[str, Launch, int, Resources]]:
+    """The same for latent attention at NV-Embed's size."""
+    for launch in latent_launches(4096, 16384, 64):
+        for architecture in (90, 80):
+            yield "F=16384", launch, architecture, resources(launch, architecture)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     print("| call | kernel | tile q×k | warps, stages | sm | registers | shared | blocks/SM | local | wgmma |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for call, launch, architecture, r in table():
+    for call, launch, architecture, r in itertools.chain(table(), latent_table()):
         tile = "×".join(map(str, launch.tiles))
-        options = f"{launch.options['num_warps']}, {launch.options['num_stages']}"
+        options = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '–')}"
         wgmma = f"{r.wgmma}{' serialised' if r.serialised else ''}"
         print(
             f"| {call} | {launch.name} | {tile} | {options} | {architecture} | {r.registers} | {r.shared} "

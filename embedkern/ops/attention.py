@@ -471,30 +471,32 @@ def _forward(
         terms[1] = terms[1].contiguous()
     seed = reference.draw_seed(query) if dropout_p > 0 else None
     numbers = causal, *(window or (-1, -1)), float(softcap or 0), float(dropout_p)
+    out, lse, statistics = backend.forward(
+        query, key, value, *places, mask, *terms, tau, tau_number, factor, factor_number, *numbers, seed
+    )  # fmt: skip
     if ctx is not None:
         ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.numbers = tau_number, factor_number, numbers
         ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in (bias, relative_bias, temperature, scale)]
-        ctx.save_for_backward(query, key, value, *places, mask, *terms, tau, factor, seed)
-    return backend.forward(
-        query, key, value, *places, mask, *terms, tau, tau_number, factor, factor_number, *numbers, seed
-    )  # fmt: skip
+        saved = (out, statistics) if statistics.numel() > 0 else (None, None)
+        ctx.save_for_backward(*saved, query, key, value, *places, mask, *terms, tau, factor, seed)
+    return out, lse
 
 
 def _backward(
     ctx: Any, others: tuple[int | None, ...], d_out: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """others: where bias, relative_bias, temperature and scale stand among the Function's arguments."""
-    query, key, value, *places_and_terms, tau, factor, seed = ctx.saved_tensors
+    out, statistics, query, key, value, *places_and_terms, tau, factor, seed = ctx.saved_tensors
     if d_out is None:
         d_out = value.new_zeros(()).expand(*query.shape[:-1], value.shape[-1])
     given = len(ctx.needs_input_grad)
     needs = [i is not None and i < given and ctx.needs_input_grad[i] for i in (0, 1, 2, *others)]
     tau_number, factor_number, numbers = ctx.numbers
     gradients = ctx.backend.backward(
-        d_out, d_lse, query, key, value, *places_and_terms, tau, tau_number, factor, factor_number, *numbers, seed,
-        *needs
+        d_out, d_lse, out, statistics, query, key, value, *places_and_terms, tau, tau_number, factor, factor_number,
+        *numbers, seed, *needs
     )  # fmt: skip
     dtypes = (query.dtype, key.dtype, value.dtype, *ctx.dtypes)
     wanted = [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, dtypes, strict=True)]

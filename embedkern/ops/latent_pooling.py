@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.latent_pooling import LATENT, LATENT_AS_WRITTEN
+from ..backends.latent_pooling import LATENT
 from ..backends.multi_layer_pooling import MULTI_LAYER
 from ..dispatch import Backend
 from ..reference import latent_pooling as reference
 from . import common, pooling
 
-BACKENDS = (LATENT, LATENT_AS_WRITTEN, Backend("reference"))
-MULTI_LAYER_BACKENDS = (MULTI_LAYER, Backend("reference"))
+BACKENDS = (*LATENT, Backend("reference"))
+MULTI_LAYER_BACKENDS = (*MULTI_LAYER, Backend("reference"))
 WEIGHTS = len(reference.Block._fields)
 
 

@@ -50,7 +50,9 @@ def seed() -> Tensor:
     return torch.tensor(SEED, device=DEVICE)
 
 
-def ours(tensors: list[Tensor], lse_gradient: float, options: dict[str, Any]) -> dict[str, Tensor]:
+def ours(
+    tensors: list[Tensor], lse_gradient: float, options: dict[str, Any], upstream: Any = upstream
+) -> dict[str, Tensor]:
     """out, lse and the gradients of all tensors in NAMES."""
     query, key, value = tensors
     given = dict(zip(NAMES, tensors, strict=False)) | options
@@ -62,10 +64,11 @@ def ours(tensors: list[Tensor], lse_gradient: float, options: dict[str, Any]) ->
         arguments += [x, 1.0] if isinstance(x, Tensor) else [None, x]
     arguments += [options.get("causal", False), *window, options.get("softcap", 0.0), options.get("dropout_p", 0.0)]
     arguments.append(seed() if "dropout_p" in options else None)
-    out, lse = attention.forward(query, key, value, *arguments)
+    out, lse, statistics = attention.forward(query, key, value, *arguments)
+    saved = (out, statistics) if statistics.numel() else (None, None)
     d_lse = torch.where(lse == -INF, 0, lse_gradient) if lse_gradient else None
     needs = [isinstance(given.get(name), Tensor) for name in NAMES]
-    found = attention.backward(upstream(out), d_lse, query, key, value, *arguments, *needs)
+    found = attention.backward(upstream(out), d_lse, *saved, query, key, value, *arguments, *needs)
     gradients = {name: x for name, x, need in zip(NAMES, found, needs, strict=True) if need}
     assert all(x.numel() == 0 for x, need in zip(found, needs, strict=True) if not need)
     return {"out": out, "lse": lse, **gradients}
@@ -221,6 +224,14 @@ def test_large_scores() -> None:
     check([q * 100, k * 100, v])
 
 
+def test_a_rounded_delta_is_found_out() -> None:
+    """Weights on one key: their gradients are differences of what is equal, and out is rounded."""
+    dtype = DTYPES[-1]
+    q, k, v = inputs(1, 2, 2, 9, 70, 16, 16, dtype)
+    k[:, :, :9] = q[:, :, :9] * 3
+    check([q * 3, k, v], temperature=torch.tensor(0.05, device=DEVICE))
+
+
 @pytest.mark.parametrize("len_k", [30, 40])
 def test_hidden_content_is_harmless(len_k: int) -> None:
     """Padding is never loaded; what only some rows don't see must not reach those rows."""
@@ -232,7 +243,7 @@ def test_hidden_content_is_harmless(len_k: int) -> None:
         ({"key_lengths": torch.tensor([7, 0], device=DEVICE)}, keys >= 7),
         ({"key_mask": mask.expand(2, len_k)}, ~mask),
         ({"mask": mask}, ~mask),
-        ({"bias": bias}, ~mask),
+        ({"bias": bias, "scale": torch.tensor(0.2, device=DEVICE)}, ~mask),
         ({"window": (len_k, -12)}, keys > len_k - 9),
     ):
         options = {"causal": True, "scale": 0.1} if "window" in options else options  # the last keys: the last rows'
@@ -243,6 +254,8 @@ def test_hidden_content_is_harmless(len_k: int) -> None:
             results.append(ours(x, 0.0, options))
         rows = slice(0, 1) if "causal" in options else slice(None)  # the first row sees none of them
         for other in results[1:]:
+            if "bias" in options:
+                assert torch.equal(other["scale"], results[0]["scale"])
             for name in ("out", "lse", "query"):
                 assert torch.equal(other[name][:, :, rows], results[0][name][:, :, rows]), (name, list(options))
             if "causal" not in options:
@@ -271,6 +284,37 @@ def test_hidden_keys_get_no_gradient_from_a_nan_query() -> None:
     assert got["value"][:, :, 4:].eq(0).all()
 
 
+@pytest.mark.parametrize("len_k", [9, 40])
+def test_a_row_of_nan_leaves_keys_alone_that_it_does_not_see(len_k: int) -> None:
+    """In its query or in its upstream gradient; row 1 doesn't see the last keys, and no row sees key 2."""
+    q, k, v = inputs(1, 2, 1, 6, len_k, 8, 8, torch.float32)
+    unseen = torch.arange(len_k, device=DEVICE) > len_k - 5
+    mask = torch.arange(len_k, device=DEVICE) != 2
+    for options in ({"causal": True, "mask": mask}, {"mask": mask & (~unseen | (torch.arange(6) != 1)[:, None])}):
+        options["scale"] = torch.tensor(0.3, device=DEVICE)
+        wanted = ours([q, k, v], 0.3, options)
+        dirty = q.clone()
+        dirty[:, :, 1] = NAN
+        got = ours([dirty, k, v], 0.3, options)
+        d_out = upstream(wanted["out"]).clone()
+        d_out[:, :, 1] = NAN
+        later = ours([q, k, v], 0.3, options, lambda out, d_out=d_out: d_out)
+        rows = torch.arange(6) != 1
+        for name in ("out", "lse"):
+            assert got[name][:, :, 1].isnan().all()
+            assert torch.equal(got[name][:, :, rows], wanted[name][:, :, rows])
+        for result in (got, later):
+            assert result["query"][:, :, 1].isnan().all()
+            assert torch.equal(result["query"][:, :, rows], wanted["query"][:, :, rows])
+            for name in ("key", "value"):
+                assert torch.equal(result[name][:, :, unseen], wanted[name][:, :, unseen]), (name, list(options))
+                assert result[name][:, :, 2].eq(0).all()
+        seen = mask & ~unseen
+        assert got["key"][:, :, seen].isnan().all()
+        assert got["value"][:, :, seen].isnan().all()
+        assert later["value"][:, :, seen].isnan().all()
+
+
 def test_strides_are_read_in_place() -> None:
     wide = randn(2, 2, 20, 48)
     check([wide[..., :32], wide[..., 8:40], wide[..., 16:24]])
@@ -287,10 +331,11 @@ def test_only_what_is_needed() -> None:
     options = {"temperature": tau, "scale": scale, "bias": bias, "relative_bias": relative}
     wanted = ours(x, 0.3, options)
     arguments = (None, None, None, None, None, bias, relative, tau, 1.0, scale, 1.0, False, -1, -1, 0.0, 0.0, None)
-    d_lse = torch.full_like(wanted["lse"], 0.3)
+    out, lse, statistics = attention.forward(*x, *arguments)
+    saved, d_lse = (out, statistics), torch.full_like(lse, 0.3)
     for i, name in enumerate(NAMES):
         needs = [j == i for j in range(7)]
-        found = attention.backward(upstream(wanted["out"]), d_lse, *x, *arguments, *needs)
+        found = attention.backward(upstream(wanted["out"]), d_lse, *saved, *x, *arguments, *needs)
         assert torch.equal(found[i], wanted[name]), name
         assert all(y.numel() == 0 for j, y in enumerate(found) if j != i)
 
@@ -299,11 +344,11 @@ def test_gradients_of_any_stride() -> None:
     x = inputs(2, 2, 2, 5, 7, 8, 8, torch.float32)
     arguments = (*(None,) * 8, 1.0, None, 0.3, False, -1, -1, 0.0, 0.0, None, *(True,) * 3, *(False,) * 4)
     d_out = randn(8, 5, 2, 2).permute(3, 2, 1, 0)
-    got = attention.backward(d_out, None, *x, *arguments)
-    wanted = attention.backward(d_out.contiguous(), None, *x, *arguments)
+    got = attention.backward(d_out, None, None, None, *x, *arguments)
+    wanted = attention.backward(d_out.contiguous(), None, None, None, *x, *arguments)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     expanded = torch.ones((), device=DEVICE).expand(2, 2, 5, 8)
-    assert all(torch.isfinite(g).all() for g in attention.backward(expanded, None, *x, *arguments))
+    assert all(torch.isfinite(g).all() for g in attention.backward(expanded, None, None, None, *x, *arguments))
 
 
 def test_nonsense_lengths_stay_inside() -> None:
@@ -346,7 +391,9 @@ def test_operators_and_compile() -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(attention._FORWARD, (q, k, v, *options), test_utils=tests)
     d_out, needs = randn(2, 5, 4, 16).transpose(1, 2), (True, True, False, False, True, True, False)
-    torch.library.opcheck(attention._BACKWARD, (d_out, None, q, k, v, *options, *needs), test_utils=tests)
+    out, _lse, statistics = attention.forward(q, k, v, *options)
+    arguments = (d_out, None, out, statistics, q, k, v, *options, *needs)
+    torch.library.opcheck(attention._BACKWARD, arguments, test_utils=tests)
 
     def function(x: Tensor, cu_seqlens: Tensor) -> Tensor:
         return ek.attention_varlen(x, x, x, cu_seqlens, temperature=0.5, window=(3, -1), backend="triton").sin().sum()

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
+from torch import Tensor
 
 from ...dispatch import Backend, Call, Rule
 
 try:
-    from . import attention
+    from . import attention, latent_kernels
 except ImportError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention = None  # type: ignore[assignment]
+    attention = latent_kernels = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICE = "cpu" if attention is not None and attention.INTERPRETED else "cuda"
 
 
-def _elsewhere(call: Call) -> bool:
-    return call["query"].device.type != ("cpu" if attention is not None and attention.INTERPRETED else "cuda")
+def rules(argument: str) -> tuple[Rule, ...]:
+    """About a call's main tensor."""
+
+    def elsewhere(call: Call) -> bool:
+        return call[argument].device.type != DEVICE
+
+    def other_dtype(call: Call) -> bool:
+        return call[argument].dtype not in DTYPES
+
+    return (
+        Rule(lambda call: attention is None, "triton isn't installed"),
+        Rule(elsewhere, f"{argument} is on {{{argument}.device.type}}"),
+        Rule(other_dtype, f"{argument} is {{{argument}.dtype}}"),
+    )
 
 
-_RULES = (
-    Rule(lambda call: attention is None, "triton isn't installed"),
-    Rule(_elsewhere, "query is on {query.device.type}"),
-    Rule(lambda call: call["query"].dtype not in DTYPES, "query is {query.dtype}"),
-)
+def fused(x: Tensor) -> ModuleType | None:
+    """latent_kernels, where they serve x."""
+    return latent_kernels if x.device.type == DEVICE and x.dtype in DTYPES else None
+
+
 _OPERATORS = (None, None) if attention is None else (attention.forward, attention.backward)
 
-ATTENTION = Backend("triton", _RULES, *_OPERATORS)
+ATTENTION = Backend("triton", rules("query"), *_OPERATORS)

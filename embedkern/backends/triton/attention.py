@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ... import schema
+from . import attention_bias_kernels as bias_kernels
 from . import attention_kernels as kernels
 from .attention_tiles import Numbers, Options, View
 
@@ -54,11 +55,15 @@ WHOLE = {
     4: (Tiles((ANY, 32, 64), 32, 32, 4, 1),),
 }
 QUERIES = {
-    2: (Tiles((ANY, ANY, 128), 64, 64, 4, 2), Tiles((ANY, ANY, 256), 64, 32, 8, 2)),
+    2: (
+        Tiles((ANY, ANY, 64), 64, 64, 4, 1),
+        Tiles((ANY, ANY, 128), 64, 32, 4, 3),
+        Tiles((ANY, ANY, 256), 64, 32, 8, 2),
+    ),
     4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1),),
 }
 KEYS = {
-    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 2, True), Tiles((ANY, ANY, 256), 32, 64, 8, 2, True)),
+    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 3, True), Tiles((ANY, ANY, 256), 32, 64, 8, 2, True)),
     4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1, True),),
 }
 BIAS = {2: (Tiles((ANY, ANY, 256), 32, 64, 4, 1),), 4: (Tiles((ANY, ANY, 256), 32, 64, 8, 1),)}
@@ -70,7 +75,7 @@ BIAS_PROGRAMS = 512  # enough for any GPU: a bias that is broadcast over more th
 def choose(table: dict[int, tuple[Tiles, ...]], call: _Call, queries: int, keys: int) -> Tiles | None:
     """The first that fits."""
     dim = max(call.dims)
-    for tiles in table[call.query.element_size()]:
+    for tiles in table[call.itemsize]:
         if queries <= tiles.up_to[0] and keys <= tiles.up_to[1] and dim <= tiles.up_to[2]:
             return tiles
     return None
@@ -114,8 +119,7 @@ class _Call:
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
-        self.query, self.bias, self.relative_bias = query, bias, relative_bias
-        self.temperature, self.scale = temperature, scale
+        self.itemsize = query.element_size()
         self.packed = packed = cu_seqlens_q is not None
         if cu_seqlens_q is not None:
             (self.len_q, self.heads), (self.len_k, self.kv_heads) = query.shape[:2], key.shape[:2]
@@ -185,11 +189,22 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = schema.OPERATORS["attention_forward"][1](query, key, value, *options)
+def _results(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of forward. statistics (2, rows); empty where backward has all keys of a row in one program, which finds them."""
+    out, lse, none = schema.OPERATORS["attention_forward"][1](query, key, value, *options)
+    cu_seqlens, bias, relative_bias = options[2], options[5], options[6]
+    dim, whole = max(query.shape[-1], value.shape[-1]), WHOLE[query.element_size()]
+    most = max((tiles.up_to[1] for tiles in whole if dim <= tiles.up_to[2]), default=0)
+    if key.shape[-2] <= most and all(x is None for x in (cu_seqlens, bias, relative_bias)):
+        return out, lse, none
+    return out, lse, lse.new_empty((2, *lse.shape))
+
+
+def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, statistics = _results(query, key, value, *options)
     call = _Call(query, key, value, *options)
     if lse.numel() == 0 or call.batch == 0 or call.len_k == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), lse.fill_(-torch.inf), statistics
     mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
     tiles = choose(FORWARD, call, *mean)
     assert tiles is not None
@@ -198,18 +213,26 @@ def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tu
         call.launch(
             kernels.forward_kernel,
             call.programs(call.len_q, tiles.queries) * call.heads,
-            _view(out, call.packed), lse, *call.inputs, call.options, call.numbers,
-            tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row, ONE_TILE=one_tile
+            _view(out, call.packed), lse, statistics if statistics.numel() > 0 else None, *call.inputs, call.options,
+            call.numbers, lse.numel(), tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row,
+            ONE_TILE=one_tile
         )  # fmt: skip
-    return out, lse
+    return out, lse, statistics
 
 
 def _run_backward(
-    d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *options: Any
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor | None,
+    statistics: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     call = _Call(query, key, value, *options[:-7])
     need_query, need_key, need_value, need_bias, need_relative_bias, need_temperature, need_scale = options[-7:]
-    gradients = schema.OPERATORS["attention_backward"][1](d_out, d_lse, query, key, value, *options)
+    gradients = schema.OPERATORS["attention_backward"][1](d_out, d_lse, out, statistics, query, key, value, *options)
     if query.numel() == 0 or call.batch == 0 or call.len_k == 0:
         return tuple(g.zero_() for g in gradients)
     d_query, d_key, d_value = (
@@ -225,45 +248,49 @@ def _run_backward(
     upstream = _view(d_out, call.packed), d_lse, *call.inputs, call.options, call.numbers, rows
     mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
     shorter = -1
-    stats = None
+    delta = None if statistics is None else statistics.new_empty(rows)
     with _on(query.device):
-        if need_bias or need_relative_bias:
-            stats = query.new_empty((3, rows), dtype=torch.float32)
         for whole in _whole(call, mean):
             call.launch(
-                kernels.keys_kernel, call.batch * call.kv_heads, d_query, d_key, d_value, *by_row, stats, *upstream,
+                kernels.keys_kernel, call.batch * call.kv_heads, d_query, d_key, d_value, *by_row,
+                delta if need_bias or need_relative_bias else None, None, *upstream,
                 tiles=whole, BLOCK_Q=whole.queries, BLOCK_K=whole.keys, BY_ROW=call.by_row, WHOLE=True,
                 STEPS=None if call.packed or call.heads != call.kv_heads else triton.cdiv(call.len_q, whole.queries),
                 KEYS_FIRST=whole.keys_first, SHORTER=shorter
             )  # fmt: skip
             shorter = whole.keys
         if call.len_k > shorter:
-            if stats is None:
-                stats = query.new_empty((3, rows), dtype=torch.float32)
             tiles = choose(QUERIES, call, *mean)
             assert tiles is not None
+            assert out is not None
             call.launch(
-                kernels.queries_kernel, call.programs(call.len_q, tiles.queries) * call.heads, d_query, *by_row, stats,
-                *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row, SHORTER=shorter
+                kernels.queries_kernel, call.programs(call.len_q, tiles.queries) * call.heads, d_query, *by_row, delta,
+                _view(out, call.packed), statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
+                BY_ROW=call.by_row, SHORTER=shorter, ROUNDING=_rounding(call, query.dtype)
             )  # fmt: skip
             if need_key or need_value:
                 tiles = choose(KEYS, call, *mean)
                 assert tiles is not None
                 call.launch(
                     kernels.keys_kernel, call.programs(call.len_k, tiles.keys) * call.kv_heads, None, d_key, d_value,
-                    None, None, stats, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
+                    None, None, delta, statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
                     BY_ROW=call.by_row, WHOLE=False, STEPS=None, KEYS_FIRST=tiles.keys_first, SHORTER=shorter
                 )  # fmt: skip
-        if need_bias or need_relative_bias:
-            assert stats is not None
-            if need_bias:
-                _d_bias(call, gradients[3], stats, upstream)
-            if need_relative_bias:
-                _d_relative_bias(call, gradients[4], stats, upstream)
+        if need_bias:
+            _d_bias(call, gradients[3], statistics, delta, *upstream)
+        if need_relative_bias:
+            _d_relative_bias(call, gradients[4], statistics, delta, *upstream)
     for gradient, of_rows in zip(gradients[5:], by_row, strict=True):
         if of_rows is not None:
             gradient.copy_(of_rows[..., None].sum_to_size(gradient.shape))
     return gradients
+
+
+def _rounding(call: _Call, dtype: torch.dtype) -> float:
+    """An error of delta beside Σ |du| that shows."""
+    if call.constants["PRECISION"] == "tf32":
+        return 2.0**-11
+    return torch.finfo(dtype).eps * (2.0 if dtype == torch.float32 else 0.5)
 
 
 def _whole(call: _Call, mean: tuple[int, int]) -> list[Tiles]:
@@ -275,8 +302,8 @@ def _whole(call: _Call, mean: tuple[int, int]) -> list[Tiles]:
     return [tiles for tiles in found if tiles is not None]
 
 
-def _d_bias(call: _Call, d_bias: Tensor, stats: Tensor, upstream: tuple[Any, ...]) -> None:
-    (tiles,) = BIAS[call.query.element_size()]
+def _d_bias(call: _Call, d_bias: Tensor, *arguments: Any) -> None:
+    (tiles,) = BIAS[call.itemsize]
     sizes = (*(1,) * (4 - d_bias.ndim), *d_bias.shape)
     own_q = 1 if sizes[2] == 1 else triton.cdiv(call.len_q, tiles.queries)
     own_k = 1 if sizes[3] == 1 else triton.cdiv(call.len_k, tiles.keys)
@@ -287,32 +314,34 @@ def _d_bias(call: _Call, d_bias: Tensor, stats: Tensor, upstream: tuple[Any, ...
     parts = min(every // own, triton.cdiv(BIAS_PROGRAMS, own))
     sums = d_bias.view(1, *sizes) if parts == 1 else d_bias.new_empty((parts, *sizes))
     call.launch(
-        kernels.bias_kernel, own * parts, sums, stats, *upstream, parts, sizes, tiles=tiles,
+        bias_kernels.bias_kernel, own * parts, sums, *arguments, parts, sizes, tiles=tiles,
         BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, OVER_Q=sizes[2] == 1, OVER_K=sizes[3] == 1
     )  # fmt: skip
     if parts > 1:
         torch.sum(sums, 0, out=d_bias.view(sizes))
 
 
-def _d_relative_bias(call: _Call, d_relative_bias: Tensor, stats: Tensor, upstream: tuple[Any, ...]) -> None:
-    (tiles,) = BIAS[call.query.element_size()]
+def _d_relative_bias(call: _Call, d_relative_bias: Tensor, *arguments: Any) -> None:
+    (tiles,) = BIAS[call.itemsize]
     reach = d_relative_bias.shape[1] // 2
     blocks = 2 + triton.cdiv(max(2 * reach - 1, 0), RELATIVE_BLOCK)
     positions = call.programs(call.len_q, RELATIVE_ROWS)
     sums = d_relative_bias.new_zeros((positions, *d_relative_bias.shape))
     call.launch(
-        kernels.relative_bias_kernel, positions * call.heads * blocks, sums, stats, *upstream, tiles=tiles,
+        bias_kernels.relative_bias_kernel, positions * call.heads * blocks, sums, *arguments, tiles=tiles,
         BLOCK=RELATIVE_BLOCK, ROWS=RELATIVE_ROWS
     )  # fmt: skip
     torch.sum(sums, 0, out=d_relative_bias)
 
 
 _DEVICE = "cpu" if INTERPRETED else "cuda"
-_FORWARD = schema.twin("attention_forward", "triton", _run_forward, _DEVICE)
-_BACKWARD = schema.twin("attention_backward", "triton", _run_backward, _DEVICE)
+_FORWARD = schema.twin("attention_forward", "triton", _run_forward, _DEVICE, _results)
+_BACKWARD = schema.twin(
+    "attention_backward", "triton", _run_backward, _DEVICE, schema.OPERATORS["attention_backward"][1]
+)
 
 
-def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Launches at once: an operator implemented in Python costs ~60 µs more. Traced, it is the operator."""
     traced = torch.compiler.is_compiling() or type(query) is not Tensor
     return _FORWARD(query, *arguments) if traced else _run_forward(query, *arguments)

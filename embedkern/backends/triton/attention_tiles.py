@@ -212,7 +212,7 @@ def _tanh(x):
 
 @triton.jit
 def scores(products, rows, columns, keep, b, h, offset, scale, opt, n):
-    """query·keyᵀ → z, −inf where the row doesn't see the key; which ones it sees; the slope of the softcap.
+    """query·keyᵀ → z; which keys the row sees; the slope of the softcap.
 
     keep: what is inside and no padding. offset: Lk − Lq."""
     z = products * scale
@@ -239,7 +239,7 @@ def scores(products, rows, columns, keep, b, h, offset, scale, opt, n):
         term = tl.load(pointers(opt.relative_bias, b, h, 0, 0, entry), mask=visible, other=0.0)
         z += term
         visible = visible & (term != -float("inf"))
-    return tl.where(visible, z, -float("inf")), visible, slope
+    return z, visible, slope
 
 
 @triton.jit
