@@ -258,11 +258,14 @@ def test_same_bits_for_any_number_of_threads() -> None:
         "scale": torch.rand(4, 1, 1),
     }
     tokens = packed(900, 900, 2, 2, 8)
+    many = inputs(64, 4, 4, 64, 64, 8, 8)
+    shared = {"bias": torch.randn(64, 64), "relative_bias": torch.randn(4, 9)}  # by sequences, one by heads too
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         padded_results = run(ek.attention, (q, k, v), "cpu", None, options)
         varlen = run(ek.attention_varlen, tokens, "cpu", None, {"cu_seqlens_q": torch.tensor([0, 850, 900])})
-        results.append([*padded_results.values(), *varlen.values()])
+        of_shared = run(ek.attention, many, "cpu", None, shared)
+        results.append([*padded_results.values(), *varlen.values(), *of_shared.values()])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
