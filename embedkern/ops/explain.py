@@ -7,11 +7,11 @@ from typing import Any
 
 from .. import dispatch
 from ..dispatch import Explanation
-from . import attention, infonce, latent_pooling, pooling
+from . import attention, attention_check, infonce, latent_pooling, pooling
 
 FAMILIES: dict[str, tuple[Any, Any, Any]] = {
-    "attention": (attention.attention, attention.check, attention.BACKENDS),
-    "attention_varlen": (attention.attention_varlen, attention.check_varlen, attention.BACKENDS),
+    "attention": (attention.attention, attention_check.check, attention.BACKENDS),
+    "attention_varlen": (attention.attention_varlen, attention_check.check_varlen, attention.BACKENDS),
     "info_nce": (infonce.info_nce, infonce.check, infonce.BACKENDS),
     "latent_attention": (latent_pooling.latent_attention, latent_pooling.check, latent_pooling.BACKENDS),
     "multi_layer_attention": (
