@@ -44,15 +44,15 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def pairwise() -> list[dict[str, Any]]:
+def pairwise(factors: dict[str, tuple[Any, ...]] = FACTORS) -> list[dict[str, Any]]:
     """Few cases in which every two values of two factors meet."""
     draw = random.Random(0)
-    values = [(name, value) for name, all_values in FACTORS.items() for value in all_values]
+    values = [(name, value) for name, all_values in factors.items() for value in all_values]
     missing = {pair: None for pair in itertools.combinations(values, 2) if pair[0][0] != pair[1][0]}  # a set in order
     cases = []
     while missing:
         start = dict(draw.choice(list(missing)))
-        tried = [{name: start.get(name, draw.choice(choices)) for name, choices in FACTORS.items()} for _ in range(60)]
+        tried = [{name: start.get(name, draw.choice(choices)) for name, choices in factors.items()} for _ in range(60)]
         found = [[pair for pair in itertools.combinations(case.items(), 2) if pair in missing] for case in tried]
         best = max(range(len(tried)), key=lambda i: len(found[i]))
         missing = {pair: None for pair in missing if pair not in set(found[best])}
@@ -60,7 +60,7 @@ def pairwise() -> list[dict[str, Any]]:
     return cases
 
 
-def build(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def build(case: dict[str, Any], device: str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors, and the options that are none."""
     rows, dim = case["rows"], case["dim"]
     columns = max(1, rows - 3) if case["more_documents"] < 0 else rows + case["more_documents"]
@@ -105,12 +105,12 @@ def build(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         options |= {"matryoshka_dims": (max(1, dim // 3), dim, max(1, dim // 2)), "matryoshka_weights": (2.0, 1.0, 0.5)}
     if case["temperature"] == "number":
         options["temperature"] = tau
-    return tensors, options
+    return {name: _with_dtype(x, x.dtype, device) for name, x in tensors.items()}, options
 
 
-def _with_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype) with x's strides."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+def _with_dtype(x: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """x.to(device, dtype) with x's strides."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=device).copy_(x)
 
 
 def results(
@@ -123,7 +123,8 @@ def results(
         leaves[name] = x.requires_grad_(name in TRACKED and name not in frozen)
     loss = ek.info_nce(**leaves, **options, backend=backend)
     wanted = [name for name, x in leaves.items() if x.requires_grad]
-    upstream = torch.linspace(-1, 1.5, max(loss.numel(), 2), dtype=torch.float64)[: loss.numel()].reshape(loss.shape)
+    upstream = torch.linspace(-1, 1.5, max(loss.numel(), 2), dtype=torch.float64, device=loss.device)
+    upstream = upstream[: loss.numel()].reshape(loss.shape)
     if not wanted:
         return {"loss": loss}
     gradients = torch.autograd.grad(loss, [leaves[name] for name in wanted], upstream.to(loss.dtype))
@@ -142,7 +143,7 @@ def worst_of_torch(
     parts = [torch.arange(begin, end) for begin, end in itertools.pairwise(prefixes)]
     runs = []
     for shuffle in (lambda x: x, lambda x: x.flip(0), lambda x: x[torch.randperm(len(x))]):
-        order = torch.cat([shuffle(part) for part in parts])
+        order = torch.cat([shuffle(part) for part in parts]).to(tensors["queries"].device)
         shuffled = {name: x[..., order] if name in VECTORS else x for name, x in tensors.items()}
         found = results(shuffled, options, frozen, "reference")
         runs.append({name: x[..., order.argsort()] if name in VECTORS else x for name, x in found.items()})

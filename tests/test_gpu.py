@@ -1,4 +1,4 @@
-"""What only a GPU shows: pooling's CUDA kernels and attention's Triton kernels as users call them."""
+"""What only a GPU shows: pooling's CUDA kernels, and the Triton kernels as users call them."""
 
 from __future__ import annotations
 

@@ -75,9 +75,10 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     monkeypatch.setattr(gpu, "FLUSHED", 1)
-    attention, latent = gpu.attention_rows, gpu.latent_rows
+    attention, latent, loss = gpu.attention_rows, gpu.latent_rows, gpu.loss_rows
     monkeypatch.setattr(gpu, "attention_rows", lambda: attention(64, (32,), (32,)))
     monkeypatch.setattr(gpu, "latent_rows", lambda: latent(64, ((4, 2),)))
+    monkeypatch.setattr(gpu, "loss_rows", lambda: loss((32,), 16, 32, compiled=False))
     for name in ("latent_attention", "multi_layer_attention"):
         function: Any = getattr(gpu, name)
         as_here = lambda *x, backend, f=function, **rest: f(*x, backend=backend.replace("triton", "cpu"), **rest)  # noqa: E731
@@ -88,6 +89,8 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     assert "SDPA CUDNN_ATTENTION, 64 tokens H=12 D=32 L=32 bfloat16: " in printed  # it can't, and says why
     header, *rows = (tmp_path / "gpu.csv").read_text().splitlines()
     assert header.endswith("ratio,goal,unit,device,torch")
-    assert [row.split(",")[0] for row in rows] == ["attention-gpu"] * (len(rows) - 2) + ["latent-gpu"] * 2
-    assert len(rows) >= 2 + 2 * 2  # forward, and forward + backward, against two of SDPA's backends at least
+    assert [row.split(",")[0] for row in rows] == ["attention-gpu"] * (len(rows) - 5) + ["latent-gpu"] * 2 + [
+        "loss-gpu"
+    ] * 3
+    assert len(rows) >= 5 + 2 * 2  # forward, and forward + backward, against two of SDPA's backends at least
     assert "64 tokens H=12 D=32 L=32 bfloat16: 2 ms, SDPA MATH 2 ms, ratio 1.00" in printed

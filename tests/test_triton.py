@@ -1,4 +1,4 @@
-"""Attention's Triton kernels without a GPU: their values in the interpreter, and what they compile to.
+"""The Triton kernels without a GPU: their values in the interpreter, and what they compile to.
 
 `pytest tests/test_triton.py --every-kernel` compiles what the dispatcher can pick, for each architecture and dtype.
 """
@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 from embedkern.bench import resources
-from embedkern.bench.resources import Launch, launches
+from embedkern.bench.resources import Launch, launches, loss_launches
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -89,6 +89,53 @@ def test_packed_batches_compile() -> None:
     assert names == ["forward", "whole", "whole", "whole", "queries", "keys", "relative_bias"]
     for launch in (found[0], found[1], found[5]):
         assert_sound(launch, 90, spills=True)
+
+
+def loss_options(rows: int, columns: int, dim: int) -> dict[str, Any]:
+    return {
+        "query_labels": meta(rows, dtype=torch.int64), "document_labels": meta(columns, dtype=torch.int64),
+        "same_positive": True, "guide_queries": meta(rows, 64, dtype=BF16), "metrics": True, "doc_to_query": True,
+        "guide_documents": meta(columns, 64, dtype=BF16), "document_weights": meta(columns), "hardness": 1,
+        "strength": 2.0, "label_smoothing": 0.1, "negatives": meta(rows, 3, dim, dtype=BF16), "per_direction": True,
+        "targets": None, "temperature": meta(rows),
+    }  # fmt: skip
+
+
+LOSS = ("exponentials", "statistics", "coefficients", "vectors", "gradient")
+
+
+def loss_kernels(dtype: torch.dtype = BF16, **options: Any) -> dict[str, Launch]:
+    """One launch of each of the loss's kernels."""
+    found = loss_launches(1000, 1200, 768, dtype, **options)
+    return {launch.name: launch for launch in found}
+
+
+@pytest.mark.parametrize("architecture", [90, 80])
+def test_loss_without_spills(architecture: int) -> None:
+    symmetric = loss_kernels(doc_to_query=True, per_direction=True)
+    found = {**loss_kernels(), **{name: symmetric[name] for name in ("statistics", "coefficients")}}
+    assert set(found) == {"vectors", "positive", "maxima", "exponentials", "combine", "gradient", *LOSS[1:3]}
+    for name in LOSS if architecture == 90 else LOSS[:1]:
+        got = assert_sound(found[name], architecture)
+        if architecture == 90:
+            assert (got.wgmma > 0) == (name in LOSS[:3]), f"{name}: {got}"
+
+
+def test_loss_with_every_option_compiles() -> None:
+    """Registers run out: local memory is allowed."""
+    found = loss_kernels(**loss_options(1000, 1200, 768))
+    for name in ("coefficients", "negatives", "d_negatives"):
+        assert_sound(found[name], 90, spills=True)
+
+
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_every_loss_kernel(request: pytest.FixtureRequest, dtype: torch.dtype, architecture: int) -> None:
+    if not request.config.getoption("--every-kernel"):
+        pytest.skip("minutes: --every-kernel")
+    for options in ({}, {"label_smoothing": 0.1}, loss_options(1000, 1200, 768)):
+        for launch in loss_kernels(dtype, **options).values():
+            assert_sound(launch, architecture, spills=dtype == FP32 or "hardness" in options)
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)

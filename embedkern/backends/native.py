@@ -53,11 +53,5 @@ def _float64_beside(call: Call) -> bool:
     )
 
 
-INFONCE = Backend(
-    "cpu",
-    (
-        *_on("cpu", "queries"),
-        Rule(_float64_beside, "one of documents, negatives, positives is float64"),
-    ),
-    OPS.info_nce.default,
-)
+FLOAT64_BESIDE = Rule(_float64_beside, "one of documents, negatives, positives is float64")
+INFONCE = Backend("cpu", (*_on("cpu", "queries"), FLOAT64_BESIDE), OPS.info_nce.default)

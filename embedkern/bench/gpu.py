@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.attention import attention
+from ..ops.infonce import info_nce
 from ..ops.latent_pooling import latent_attention, multi_layer_attention
 from .harness import Row
 from .pooling import random_block
@@ -140,15 +141,53 @@ def latent_rows(width: int = 4096, batches: Sequence[tuple[int, int]] = ((512, 8
         yield against(multi_layer_attention, tensors, 32, work)
 
 
+def _cross_entropy(queries: Tensor, documents: Tensor) -> Tensor:
+    scores = F.normalize(queries) @ F.normalize(documents).T / 0.05
+    return F.cross_entropy(scores.float(), torch.arange(len(queries), device=queries.device))
+
+
+def _both(queries: Tensor, documents: Tensor) -> Any:
+    directions = ("query_to_doc", "doc_to_query")
+    return info_nce(queries, documents, directions=directions, partition_mode="per_direction")
+
+
+def loss_rows(
+    sizes: Sequence[int] = (1024, 8192, 65536), dim: int = 768, side: int = 8192, compiled: bool = True
+) -> Iterator[Row]:
+    """Forward + backward of info_nce in bfloat16 against torch's cross entropy and the rate of one product."""
+    peers: dict[str, Callable[..., Any]] = {"torch": _cross_entropy}
+    if compiled:
+        peers["torch.compile"] = torch.compile(_cross_entropy)
+    for size in sizes:
+        q, d = (torch.randn(size, dim, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(2))
+        a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        work = f"info_nce forward + backward, N=M={size} D={dim} bfloat16"
+        losses = {"ours": info_nce, "both directions, ours": _both, **peers}
+        steps = {
+            name: lambda f=loss, q=q, d=d: torch.autograd.grad(f(q, d), (q, d))  # type: ignore[misc]
+            for name, loss in losses.items()
+        }
+        able = {name: step for name, step in steps.items() if name not in peers or _runs(f"{name}, {work}", step)}
+        times = _milliseconds(able | {"product": lambda a=a, b=b: a @ b}, 5)  # type: ignore[misc]
+        for name in able:
+            if name != "ours":
+                goal = "≤ 1.5 (time: four products to three)" if name not in peers else "≥ 1"
+                yield Row("loss-gpu", work, name, times["ours"], times[name], times[name] / times["ours"], goal)
+        rate, peak = 6 * size**2 * dim / times["ours"] / 1e9, 2 * side**3 / times["product"] / 1e9
+        goal = "≥ 0.6 at N=65536"
+        yield Row("loss-gpu", work, f"a product of {side}³, counted as three", rate, peak, rate / peak, goal, "TF/s")
+
+
 def measure(out: Path) -> None:
     print(f"attention runs on {_backend()}")
     with (out / "gpu.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*(field.name for field in fields(Row)), "device", "torch"])
-        for row in itertools.chain(attention_rows(), latent_rows()):
+        for row in itertools.chain(attention_rows(), latent_rows(), loss_rows()):
             writer.writerow([*asdict(row).values(), torch.cuda.get_device_name(), torch.__version__])
             file.flush()
-            print(f"{row.work}: {row.ours:.4g} ms, {row.against} {row.peer:.4g} ms, ratio {row.ratio:.2f}", flush=True)
+            ours, peer = (f"{x:.4g} {row.unit}" for x in (row.ours, row.peer))
+            print(f"{row.work}: {ours}, {row.against} {peer}, ratio {row.ratio:.2f}", flush=True)
 
 
 def _backend() -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import re
 import subprocess
@@ -18,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ..backends.triton import attention, latent_kernels
+from ..backends.triton import attention, infonce, latent_kernels, launcher
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have; an SM has 1 KiB more for each block
@@ -33,6 +34,8 @@ class Launch:
 
     @property
     def name(self) -> str:
+        if self.kernel is infonce.kernels.scores_kernel:
+            return ("statistics", "maxima", "exponentials", "coefficients")[self.options["MODE"]]
         of = {"keys_kernel": "whole" if self.options.get("WHOLE") else "keys"}
         return of.get(self.kernel.__name__, self.kernel.__name__.removesuffix("_kernel"))
 
@@ -40,7 +43,9 @@ class Launch:
     def tiles(self) -> tuple[int, int]:
         if "ROWS" in self.options and "COLUMNS" in self.options:
             return self.options["ROWS"], self.options["COLUMNS"]
-        block = self.options.get("BLOCK", 0)
+        block, rows = self.options.get("BLOCK", 0), self.options.get("BLOCK_R")
+        if rows is not None:
+            return rows, self.options.get("BLOCK_C", rows)
         return self.options.get("BLOCK_Q", block), self.options.get("BLOCK_K", 2 * block)
 
 
@@ -116,6 +121,42 @@ def latent_launches(rows: int, width: int, batch: int, dtype: torch.dtype = torc
     return found
 
 
+def loss_launches(
+    rows: int, columns: int, dim: int, dtype: torch.dtype = torch.bfloat16, gradients: bool = True, **options: Any
+) -> list[Launch]:
+    """What a call of info_nce launches. options: the operator's, tensors on the device "meta"."""
+    q, d = (torch.empty(n, dim, dtype=dtype, device="meta") for n in (rows, columns))
+    defaults: dict[str, Any] = {
+        "negatives": None, "positives": None, "targets": None, "rows": rows, "offset": 0, "period": columns,
+        "temperature": torch.empty((), device="meta"), "query_labels": None, "document_labels": None,
+        "same_positive": False, "guide_queries": None, "guide_documents": None, "margin": 0.0, "relative": False,
+        "document_weights": None, "negative_weights": None, "hardness": 0, "strength": 0.0, "label_smoothing": 0.0,
+        "cosine": True, "query_to_query": False, "doc_to_query": False, "doc_to_doc": False, "per_direction": False,
+        "prefixes": [], "prefix_weights": [], "metrics": False,
+    }  # fmt: skip
+    d_loss = torch.empty(rows, device="meta") if gradients else None
+    needs = [gradients and x is not None for x in (q, d, options.get("negatives"), options.get("positives"), q)]
+    with recorded() as found:
+        infonce.forward(q, d, *(defaults | options).values(), d_loss, *needs)
+    return found
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are noted down instead of made."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, programs: int, *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        found.append(Launch(kernel, arguments, constants | options))
+
+    usual, launcher.run = launcher.run, record
+    try:
+        yield found
+    finally:
+        launcher.run = usual
+
+
 class _Driver:
     """Stands for a GPU of an architecture, so that the launcher's own code specializes arguments and compiles."""
 
@@ -184,11 +225,26 @@ def latent_table() -> Iterator[tuple[str, Launch, int, Resources]]:
             yield "F=16384", launch, architecture, resources(launch, architecture)
 
 
+def loss_calls() -> list[tuple[str, list[Launch]]]:
+    """Launches of info_nce that work on tiles: query_to_doc, and both directions, one softmax each."""
+    both = {"doc_to_query": True, "per_direction": True}
+    kinds = {"loss": loss_launches(8192, 8192, 768), "loss, both": loss_launches(8192, 8192, 768, **both)}
+    return [(name, [x for x in found if x.kernel is infonce.kernels.scores_kernel]) for name, found in kinds.items()]
+
+
+def loss_table() -> Iterator[tuple[str, Launch, int, Resources]]:
+    """The same for these."""
+    for call, found in loss_calls():
+        for launch in {each.name: each for each in found}.values():
+            for architecture in (90, 80):
+                yield call, launch, architecture, resources(launch, architecture)
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     print("| call | kernel | tile q×k | warps, stages | sm | registers | shared | blocks/SM | local | wgmma |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for call, launch, architecture, r in itertools.chain(table(), latent_table()):
+    for call, launch, architecture, r in itertools.chain(table(), latent_table(), loss_table()):
         tile = "×".join(map(str, launch.tiles))
         options = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '–')}"
         wgmma = f"{r.wgmma}{' serialised' if r.serialised else ''}"

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, distributed
-from ..backends import native
+from ..backends import native, triton
 from ..dispatch import Backend
 from ..reference import infonce as reference
 from ..reference.infonce import METRICS
 from . import common
 from .infonce_check import HARDNESS, check
 
-BACKENDS = (native.INFONCE, Backend("reference"))
+BACKENDS = (triton.INFONCE, native.INFONCE, Backend("reference"))
 
 
 def info_nce(

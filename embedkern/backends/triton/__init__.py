@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Backend, Call, Rule
+from ..native import FLOAT64_BESIDE
 
 try:
-    from . import attention, latent_kernels
+    from . import attention, infonce, latent_kernels
 except ImportError as error:
     if (error.name or "").split(".")[0] != "triton":
         raise
-    attention = latent_kernels = None  # type: ignore[assignment]
+    attention = infonce = latent_kernels = None  # type: ignore[assignment]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cpu" if attention is not None and attention.INTERPRETED else "cuda"
@@ -44,3 +45,4 @@ def fused(x: Tensor) -> ModuleType | None:
 _OPERATORS = (None, None) if attention is None else (attention.forward, attention.backward)
 
 ATTENTION = Backend("triton", rules("query"), *_OPERATORS)
+INFONCE = Backend("triton", (*rules("queries"), FLOAT64_BESIDE), None if infonce is None else infonce.forward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ from torch import Tensor
 from ... import schema
 from . import attention_bias_kernels as bias_kernels
 from . import attention_kernels as kernels
+from . import launcher
 from .attention_tiles import Numbers, Options, View
-
-INTERPRETED = triton.knobs.runtime.interpret
+from .launcher import INTERPRETED as INTERPRETED
 
 
 class Tiles(NamedTuple):
@@ -165,13 +164,12 @@ class _Call:
             1 / (1 - dropout_p) if dropout_p < 1 else 0.0,
             0 if relative_bias is None else relative_bias.shape[1] // 2,
         )
-        tf32 = torch.backends.cuda.matmul.allow_tf32
         self.constants: dict[str, Any] = {
             "DIM": self.dims[0],
             "DIM_V": self.dims[1],
             "BLOCK_D": max(16, triton.next_power_of_2(self.dims[0])),
             "BLOCK_V": max(16, triton.next_power_of_2(self.dims[1])),
-            "PRECISION": "tf32" if tf32 and query.dtype == torch.float32 else "ieee",
+            "PRECISION": launcher.precision(query.dtype),
         }
 
     def programs(self, length: int, block: int) -> int:
@@ -179,14 +177,9 @@ class _Call:
         return length // block + self.batch if self.packed else triton.cdiv(length, block) * self.batch
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
-        options = {} if INTERPRETED else {"enable_fp_fusion": True}
-        kernel[(programs,)](
-            *arguments, **self.constants, **constants, num_warps=tiles.warps, num_stages=tiles.stages, **options
+        launcher.run(
+            kernel, programs, *arguments, **self.constants, **constants, warps=tiles.warps, stages=tiles.stages
         )
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _results(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +202,7 @@ def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tu
     tiles = choose(FORWARD, call, *mean)
     assert tiles is not None
     one_tile = not call.packed and call.len_k <= tiles.keys
-    with _on(query.device):
+    with launcher.on(query.device):
         call.launch(
             kernels.forward_kernel,
             call.programs(call.len_q, tiles.queries) * call.heads,
@@ -249,7 +242,7 @@ def _run_backward(
     mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
     shorter = -1
     delta = None if statistics is None else statistics.new_empty(rows)
-    with _on(query.device):
+    with launcher.on(query.device):
         for whole in _whole(call, mean):
             call.launch(
                 kernels.keys_kernel, call.batch * call.kv_heads, d_query, d_key, d_value, *by_row,
@@ -334,10 +327,9 @@ def _d_relative_bias(call: _Call, d_relative_bias: Tensor, *arguments: Any) -> N
     torch.sum(sums, 0, out=d_relative_bias)
 
 
-_DEVICE = "cpu" if INTERPRETED else "cuda"
-_FORWARD = schema.twin("attention_forward", "triton", _run_forward, _DEVICE, _results)
+_FORWARD = schema.twin("attention_forward", "triton", _run_forward, launcher.DEVICE, _results)
 _BACKWARD = schema.twin(
-    "attention_backward", "triton", _run_backward, _DEVICE, schema.OPERATORS["attention_backward"][1]
+    "attention_backward", "triton", _run_backward, launcher.DEVICE, schema.OPERATORS["attention_backward"][1]
 )
 
 
