@@ -235,8 +235,7 @@ def _key_tile(
     if opt.seed is not None:
         dp = dp * factor
     if WHOLE:
-        if BY_ROW:
-            dp = tl.where(visible, dp, 0.0)
+        dp = tl.where(visible, dp, 0.0)
         of_row = tl.sum(p * dp, AXIS)
         if delta is not None:
             tl.store(delta + number, of_row, mask=keep_q)

@@ -236,7 +236,7 @@ def scores(products, rows, columns, keep, b, h, offset, scale, opt, n):
         visible = visible & (term != -float("inf"))
     if opt.relative_bias is not None:
         entry = tl.minimum(tl.maximum(distance, -n.reach), n.reach) + n.reach
-        term = tl.load(pointers(opt.relative_bias, b, h, 0, 0, entry), mask=visible, other=0.0)
+        term = tl.load(pointers(opt.relative_bias, b, h, 0, 0, entry))
         z += term
         visible = visible & (term != -float("inf"))
     return z, visible, slope
