@@ -127,6 +127,8 @@ def test_forms_agree_and_explain_names_them() -> None:
     assert (
         "cpu (absorbed projections)" in ek.explain("latent_attention", hidden, *weights, HEADS, backend="cpu").refused
     )
+    triton = explanation.refused["triton (absorbed projections)"]
+    assert "hidden is on cpu" in triton
     assert ek.explain("multi_layer_attention", hidden, hidden[0], *weights, HEADS).choice == "cpu"
     with pytest.raises(NotImplementedError, match="there is no 'cuda' backend"):
         ek.latent_attention(hidden, *weights, HEADS, backend="cuda")

@@ -71,6 +71,7 @@ def launches(
     heads: tuple[int, int] = (12, 12),
     batch: int = 64,
     needs: tuple[bool, ...] = (True, True, True, False, False, False, False),
+    architecture: int = 90,
     **options: Any,
 ) -> list[Launch]:
     """What forward and backward of a call launch. options: the operator's, tensors on the device "meta"."""
@@ -91,6 +92,7 @@ def launches(
         found.append(Launch(kernel, arguments, {**self.constants, **constants, **stages}))
 
     usual, attention._Call.launch = attention._Call.launch, record  # type: ignore[method-assign]
+    is_large, attention.is_large = attention.is_large, lambda device: architecture >= 90
     try:
         arguments = (q, k, v, *(defaults | options).values())
         out, lse, statistics = attention._run_forward(*arguments)
@@ -98,6 +100,7 @@ def launches(
         attention._run_backward(out, d_lse, out, statistics if statistics.numel() else None, *arguments, *needs)
     finally:
         attention._Call.launch = usual  # type: ignore[method-assign]
+        attention.is_large = is_large
     return found
 
 
@@ -106,7 +109,7 @@ def latent_launches(rows: int, width: int, batch: int, dtype: torch.dtype = torc
     found: list[Launch] = []
 
     def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        found.append(Launch(kernel, arguments, {**constants, "num_warps": latent_kernels.WARPS}))
+        found.append(Launch(kernel, arguments, {**constants, **latent_kernels.OPTIONS}))
 
     usual, latent_kernels.launch = latent_kernels.launch, record
     try:
@@ -213,8 +216,8 @@ def table() -> Iterator[tuple[str, Launch, int, Resources]]:
     """Each launch of bf16 attention over whole batches, for sm_90 and where it differs sm_80."""
     for dim in (32, 64, 128):
         for length in (32, 64, 128, 512):
-            for launch in launches((length, length), (dim, dim)):
-                for architecture in (90, 80):
+            for architecture in (90, 80):
+                for launch in launches((length, length), (dim, dim), architecture=architecture):
                     yield f"L={length} D={dim}", launch, architecture, resources(launch, architecture)
 
 

@@ -12,6 +12,7 @@ from ..backends.latent_pooling import LATENT
 from ..backends.multi_layer_pooling import MULTI_LAYER
 from ..dispatch import Backend
 from ..reference import latent_pooling as reference
+from ..schema import NARROW
 from . import common, pooling
 
 BACKENDS = (*LATENT, Backend("reference"))
@@ -61,7 +62,8 @@ def latent_attention(
         lengths, mask, cu_seqlens, skip: as `pool`'s.
         normalize: divide by max(‖x‖₂, eps).
 
-    Weights may have another float dtype than hidden. Low precision is computed in float32.
+    Weights may have another float dtype than hidden. On a CPU low precision is computed in float32; on a GPU products
+    are in hidden's dtype, or autocast's, and add up in float32.
 
     Returns:
         (B, C) in hidden's dtype. Nothing to pool gives zeros. Padding and what is skipped is neither read nor computed.
@@ -78,7 +80,8 @@ def latent_attention(
     chosen = dispatch.select("latent_attention", BACKENDS, backend, call)
     if chosen.forward is None:
         return reference.latent_attention(**call)
-    return LatentAttentionFunction.apply(*_untracked(common.distinct(call.values())), chosen)
+    call["hidden"] = _autocast(hidden)
+    return LatentAttentionFunction.apply(*_untracked(common.distinct(call.values())), chosen).to(hidden.dtype)
 
 
 def multi_layer_attention(
@@ -129,7 +132,8 @@ def multi_layer_attention(
     chosen = dispatch.select("multi_layer_attention", MULTI_LAYER_BACKENDS, backend, call)
     if chosen.forward is None:
         return reference.multi_layer_attention(**call)
-    return MultiLayerAttentionFunction.apply(*_untracked(common.distinct(call.values())), chosen)
+    call["layers"] = _autocast(layers)
+    return MultiLayerAttentionFunction.apply(*_untracked(common.distinct(call.values())), chosen).to(layers.dtype)
 
 
 def check(
@@ -207,6 +211,12 @@ def _check_weight(name: str, x: Any, shape: tuple[int, ...], like: Tensor, like_
     common.check_float(name, x)
     common.check_shape(name, x, shape)
     common.check_device(name, x, like, like_name)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Where products in low precision pay, autocast's dtype decides theirs."""
+    narrow = x.dtype == torch.float32 and x.device.type in NARROW and torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if narrow else x
 
 
 def _untracked(arguments: list[Any]) -> list[Any]:

@@ -24,10 +24,11 @@ DTYPES = (
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products in the inputs' dtype, tiles that cut sequences."""
-    monkeypatch.setattr(schema, "NARROW", {"cuda", "cpu"})
+    schema.NARROW.add(DEVICE)
     monkeypatch.setitem(latent_rows.TILE, DEVICE, 7)
     with torch.device(DEVICE):
         yield
+    schema.NARROW.discard("cpu")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -98,6 +99,24 @@ def test_nonsense_places_stay_inside() -> None:
             x = hidden[0].clone().requires_grad_()
             out = ek.latent_attention(x, *weights, HEADS, cu_seqlens=torch.tensor(bounds), skip=skip)
             torch.autograd.grad(out.sum(), x)
+
+
+def test_backends_and_autocast() -> None:
+    weights, hidden = block(5, 8, torch.float32), torch.randn(2, 4, WIDTH)
+    refused = ek.explain("latent_attention", hidden.double(), *weights, HEADS).refused
+    assert refused["triton (absorbed projections)"] == ["hidden is torch.float64"]
+    layers = (hidden.double(), hidden[0], *weights, HEADS)
+    assert ek.explain("multi_layer_attention", *layers).refused["triton"] == ["layers is torch.float64"]
+    assert ek.explain("multi_layer_attention", hidden, *layers[1:]).choice == "triton"
+    for function, inputs in ((ek.latent_attention, (hidden,)), (ek.multi_layer_attention, (hidden, hidden[0]))):
+        wanted = function(*(x.bfloat16() for x in inputs), *weights, HEADS).float()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = function(*inputs, *weights, HEADS)
+        assert got.dtype == torch.float32
+        if function is ek.latent_attention:
+            assert torch.equal(got, wanted)
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.02)
+        assert not torch.equal(got, function(*inputs, *weights, HEADS))
 
 
 def test_operators() -> None:

@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     keys_first: bool = False  # tiles keys × queries, of backward
+    large: bool = False  # only for GPUs with wgmma or tcgen05 and 227 KiB of shared memory; others may have 99 KiB
 
 
 ANY = 1 << 30
@@ -36,7 +37,9 @@ FORWARD = {
         Tiles((ANY, 32, 256), 64, 32, 4, 1),
         Tiles((ANY, 64, 256), 64, 64, 4, 1),
         Tiles((ANY, 128, 128), 64, 128, 4, 1),
-        Tiles((ANY, ANY, 256), 64, 32, 4, 3),
+        Tiles((ANY, ANY, 128), 64, 32, 4, 3),
+        Tiles((ANY, ANY, 256), 128, 32, 8, 2, large=True),
+        Tiles((ANY, ANY, 256), 64, 32, 8, 2),
     ),
     4: (
         Tiles((ANY, 32, 256), 32, 32, 4, 1),
@@ -47,35 +50,48 @@ FORWARD = {
 WHOLE = {
     2: (
         Tiles((32, 32, 128), 32, 32, 2, 1),
-        Tiles((ANY, 64, 128), 64, 64, 4, 1),
+        Tiles((ANY, 64, 64), 64, 64, 4, 1),
+        Tiles((ANY, 64, 128), 64, 64, 4, 1, large=True),
+        Tiles((ANY, 64, 128), 32, 64, 4, 1, True),
         Tiles((ANY, 128, 32), 64, 128, 4, 1),
-        Tiles((ANY, 128, 64), 128, 128, 8, 1),
+        Tiles((ANY, 128, 64), 128, 128, 8, 1, large=True),
+        Tiles((ANY, 128, 64), 32, 128, 8, 1, True),
     ),
     4: (Tiles((ANY, 32, 64), 32, 32, 4, 1),),
 }
 QUERIES = {
     2: (
-        Tiles((ANY, ANY, 64), 64, 64, 4, 1),
         Tiles((ANY, ANY, 128), 64, 32, 4, 3),
-        Tiles((ANY, ANY, 256), 64, 32, 8, 2),
+        Tiles((ANY, ANY, 256), 128, 32, 8, 2, large=True),
+        Tiles((ANY, ANY, 256), 32, 32, 4, 1),
     ),
     4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1),),
 }
 KEYS = {
-    2: (Tiles((ANY, ANY, 128), 32, 64, 4, 3, True), Tiles((ANY, ANY, 256), 32, 64, 8, 2, True)),
+    2: (
+        Tiles((ANY, ANY, 128), 32, 64, 4, 3, True),
+        Tiles((ANY, ANY, 256), 32, 128, 8, 2, True, large=True),
+        Tiles((ANY, ANY, 256), 32, 32, 4, 1, True),
+    ),
     4: (Tiles((ANY, ANY, 256), 32, 32, 8, 1, True),),
 }
+KEYS_AND_VALUES = 128  # dims up to which one program has d_key and d_value: two sums of 256 columns spill
 BIAS = {2: (Tiles((ANY, ANY, 256), 32, 64, 4, 1),), 4: (Tiles((ANY, ANY, 256), 32, 64, 8, 1),)}
 RELATIVE_ROWS = 512  # of queries a program of relative_bias's gradient takes
 RELATIVE_BLOCK = 32
 BIAS_PROGRAMS = 512  # enough for any GPU: a bias that is broadcast over more than its tiles is added up in parts
 
 
+def is_large(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def choose(table: dict[int, tuple[Tiles, ...]], call: _Call, queries: int, keys: int) -> Tiles | None:
     """The first that fits."""
     dim = max(call.dims)
     for tiles in table[call.itemsize]:
-        if queries <= tiles.up_to[0] and keys <= tiles.up_to[1] and dim <= tiles.up_to[2]:
+        fits = queries <= tiles.up_to[0] and keys <= tiles.up_to[1] and dim <= tiles.up_to[2]
+        if fits and (call.large or not tiles.large):
             return tiles
     return None
 
@@ -118,7 +134,7 @@ class _Call:
         dropout_p: float,
         seed: Tensor | None,
     ) -> None:
-        self.itemsize = query.element_size()
+        self.itemsize, self.large = query.element_size(), is_large(query.device)
         self.packed = packed = cu_seqlens_q is not None
         if cu_seqlens_q is not None:
             (self.len_q, self.heads), (self.len_k, self.kv_heads) = query.shape[:2], key.shape[:2]
@@ -261,11 +277,14 @@ def _run_backward(
                 _view(out, call.packed), statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
                 BY_ROW=call.by_row, SHORTER=shorter, ROUNDING=_rounding(call, query.dtype)
             )  # fmt: skip
-            if need_key or need_value:
-                tiles = choose(KEYS, call, *mean)
-                assert tiles is not None
+            tiles = choose(KEYS, call, *mean)
+            assert tiles is not None
+            together = max(call.dims) <= KEYS_AND_VALUES
+            for of_key, of_value in [(d_key, d_value)] if together else [(d_key, None), (None, d_value)]:
+                if of_key is None and of_value is None:
+                    continue
                 call.launch(
-                    kernels.keys_kernel, call.programs(call.len_k, tiles.keys) * call.kv_heads, None, d_key, d_value,
+                    kernels.keys_kernel, call.programs(call.len_k, tiles.keys) * call.kv_heads, None, of_key, of_value,
                     None, None, delta, statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
                     BY_ROW=call.by_row, WHOLE=False, STEPS=None, KEYS_FIRST=tiles.keys_first, SHORTER=shorter
                 )  # fmt: skip

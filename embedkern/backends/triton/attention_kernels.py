@@ -28,6 +28,7 @@ from .attention_tiles import (
     row_number,
     rows_seeing,
     scores,
+    seen,
     sequence,
     store,
     temperature,
@@ -65,7 +66,7 @@ def _forward_tile(
         p = tl.where(kept(row_number(b, h, first_q, rows, opt, n), columns[None, :], opt, n), p, 0.0)
     if CLEAN:
         v, bad = cleaned(v)
-        acc += tl.where(tl.dot(visible.to(v.dtype), bad, input_precision=PRECISION) > 0, float("nan"), 0.0)
+        acc += tl.where(tl.dot(seen(z, visible, v), bad, input_precision=PRECISION) > 0, float("nan"), 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return higher, total, acc
 
@@ -222,11 +223,11 @@ def _key_tile(
             weights = tl.trans(weights)
         finite = do
         if CLEAN:
-            seen = visible.to(do.dtype)
+            ones = seen(z, visible, do)
             if not KEYS_FIRST:
-                seen = tl.trans(seen)
+                ones = tl.trans(ones)
             finite, bad = cleaned(do)
-            dv += tl.where(tl.dot(seen, bad, input_precision=PRECISION) > 0, float("nan"), 0.0)
+            dv += tl.where(tl.dot(ones, bad, input_precision=PRECISION) > 0, float("nan"), 0.0)
         dv = tl.dot(weights, finite, dv, input_precision=PRECISION)
     if KEYS_FIRST:
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -235,8 +236,7 @@ def _key_tile(
     if opt.seed is not None:
         dp = dp * factor
     if WHOLE:
-        if BY_ROW:
-            dp = tl.where(visible, dp, 0.0)
+        dp = tl.where(visible, dp, 0.0)
         of_row = tl.sum(p * dp, AXIS)
         if delta is not None:
             tl.store(delta + number, of_row, mask=keep_q)

@@ -38,6 +38,7 @@ class Options(NamedTuple):
     temperature: Any
     scale: Any
     seed: Any
+    end: Any = None  # never given: Triton 3.6 forgets the constants in a tuple's tuples unless it ends with a constant
 
 
 class Numbers(NamedTuple):
@@ -228,15 +229,15 @@ def scores(products, rows, columns, keep, b, h, offset, scale, opt, n):
     if n.window_right is not None:
         visible = visible & (distance <= n.window_right)
     if opt.mask is not None:
-        seen = tl.load(pointers(opt.mask, b, h, 0, rows.to(tl.int64), columns), mask=visible, other=0)
-        visible = visible & seen.to(tl.int1)
+        allowed = tl.load(pointers(opt.mask, b, h, 0, rows.to(tl.int64), columns), mask=visible, other=0)
+        visible = visible & allowed.to(tl.int1)
     if opt.bias is not None:
         term = tl.load(pointers(opt.bias, b, h, 0, rows.to(tl.int64), columns), mask=visible, other=0.0).to(tl.float32)
         z += term
         visible = visible & (term != -float("inf"))
     if opt.relative_bias is not None:
         entry = tl.minimum(tl.maximum(distance, -n.reach), n.reach) + n.reach
-        term = tl.load(pointers(opt.relative_bias, b, h, 0, 0, entry), mask=visible, other=0.0)
+        term = tl.load(pointers(opt.relative_bias, b, h, 0, 0, entry))
         z += term
         visible = visible & (term != -float("inf"))
     return z, visible, slope
@@ -262,6 +263,12 @@ def is_nan(x):
     """Whether any element is. Hidden content that isn't finite gives 0 · NaN in a product; rare, so it is seen after
     the fact and the product made again from cleaned rows."""
     return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def seen(z, visible, like):
+    """1 where the row sees the key, for a product. By way of z: Triton 3.6 fails to compile a product of masks."""
+    return (tl.where(visible, z, -float("inf")) != -float("inf")).to(like.dtype)
 
 
 @triton.jit

@@ -16,9 +16,9 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 COLUMNS = 64  # 128 bytes of a row
-ROWS = 32  # at once
+ROWS = 16  # at once
 PART = 256  # rows a program of d_gated_kernel has
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def d_gated_kernel(
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     device = next(x for x in arguments if isinstance(x, Tensor)).device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, num_warps=WARPS)
+        kernel[(programs,)](*arguments, **constants, **({} if INTERPRETED else OPTIONS))
 
 
 def add_sums(sums: Tensor, x: Tensor, ends: Tensor, first: int, gated: bool = False) -> None:
