@@ -196,6 +196,20 @@ def test_temperature_may_be_an_integer() -> None:
         assert torch.equal(*(torch.autograd.grad(x, q)[0] for x in (loss, wanted)))
 
 
+def test_backward_twice() -> None:
+    """The last backward may overwrite what the graph keeps; one that isn't the last may not, nor share it."""
+    q, d = (torch.randn(40, 16, requires_grad=True) for _ in range(2))
+    wanted = torch.autograd.grad(3 * ek.info_nce(q, d), (q, d))
+    loss = ek.info_nce(q, d)
+    first = torch.autograd.grad(3 * loss, (q, d), retain_graph=True)
+    kept = [x.clone() for x in first]
+    first[0].zero_()
+    again = torch.autograd.grad(3 * loss, (q, d))
+    for a, b, c in zip(wanted, kept, again, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
 def test_function_alone() -> None:
     q, d = (torch.randn(6, 4, requires_grad=True) for _ in range(2))
     wanted = torch.autograd.grad(ek.info_nce(q, d), (q, d))

@@ -213,7 +213,10 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
         gemm<true>(g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
                    as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
       } else if (p.sum_anchors[pass.anchors]) {
-        gemm<true>(g.count, p.padded_dim, n, z, 1, G, columns.unit + first * p.stride, p.stride, a.d, p.stride);
+        const float* unit = columns.unit + first * p.stride;
+        Ahead next(unit + n * p.stride, p.stride, least(block_size, columns.count - first - n),
+                   gemm_tiles(g.count, p.padded_dim));
+        gemm<true>(g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
       }
       for (int64_t i = 0; pass.exponentials && i < G; i++) {
         pass.block_max[(group * blocks + block) * G + i] = g.part[pass.part].max[i];

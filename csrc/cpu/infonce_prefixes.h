@@ -112,30 +112,32 @@ void sum_columns(const Vec* columns, int64_t n, float* sums) {
   }
 }
 
-// z^k (n, G) of a block -> D^k in place, and each column's Σ_i dz^k z^k over the group. `sums` is a tile.
-void level_gradients(const InfoNCEParams& p, const Group& g, const Levels& of, int64_t group, int64_t first, int64_t n,
-                     float* sums) {
+// z^k (n, G) of a block -> D^k in place, and each column's Σ_i dz^k z^k over the group.
+void level_gradients(const InfoNCEParams& p, const Group& g, const Levels& of, int64_t group, int64_t first,
+                     int64_t n) {
   const int64_t m = p.columns[0].count;
-  float* z_dz = p.tile_z_dz + group * p.levels * m;
-  Vec columns[block_size];
-  for (int64_t j = n; j < block_size; j++) columns[j] = Vec{};
-  for (int64_t k = p.levels - 1; k >= 0; k--) {
-    float* tile = level_tile(p, group, k) + first * G;
-    const float* ratio = p.ratio + k * m + first;
-    for (int64_t v = 0; v < g.width; v += W) {
-      const Vec max = load(g.part[k].max + v), scale = load(of.scale[k] + v), of_row = load(of.ratio[k] + v);
-      for (int64_t j = 0; j < n; j++) {
-        const Vec z = load(tile + j * G + v), dz = scale * exp(z - max);
-        const Vec along = select(z < -__FLT_MAX__, Vec{}, dz * z),
-                  before = k == p.levels - 1 ? Vec{} : load(sums + j * G + v);
-        columns[j] = v == 0 ? along : columns[j] + along;
-        const Vec sum = before + dz * (of_row * ratio[j]);
-        store(sums + j * G + v, sum);
-        store(tile + j * G + v, sum);
-      }
-    }
-    sum_columns(columns, n, z_dz + k * m + first);
+  float *tiles = level_tile(p, group, 0) + first * G, *z_dz = p.tile_z_dz + group * p.levels * m;
+  Vec along[infonce_levels][block_size];
+  for (int64_t k = 0; k < p.levels; k++) {
+    for (int64_t j = n; j < block_size; j++) along[k][j] = Vec{};
   }
+  for (int64_t j = 0; j < n; j++) {
+    fetch(p.columns[0].unit + (first + j) * p.stride, p.dim);  // for the product that follows
+    Vec sum[G / W] = {};                                       // D^k, from the last level down
+    for (int64_t k = p.levels - 1; k >= 0; k--) {
+      float* tile = tiles + (k * m + j) * G;
+      const float ratio = p.ratio[k * m + first + j];
+      Vec of_column{};
+      for (int64_t v = 0; v < g.width; v += W) {
+        const Vec z = load(tile + v), dz = load(of.scale[k] + v) * exp(z - load(g.part[k].max + v));
+        of_column += select(z < -__FLT_MAX__, Vec{}, dz * z);
+        sum[v / W] += dz * (load(of.ratio[k] + v) * ratio);
+        store(tile + v, sum[v / W]);
+      }
+      along[k][j] = of_column;
+    }
+  }
+  for (int64_t k = 0; k < p.levels; k++) sum_columns(along[k], n, z_dz + k * m + first);
   for (int64_t i = 0; i < g.count; i++) {
     const int64_t j = g.target[i] - first;
     if (j < 0 || j >= n) continue;
@@ -146,6 +148,24 @@ void level_gradients(const InfoNCEParams& p, const Group& g, const Levels& of, i
       z_dz[k * m + first + j] += of.dz_positive[k][i] * of.positive[k][i];
     }
   }
+}
+
+// S^k (n, G) of a block -> z^k, under a maximum that covers it.
+void scale_level(const InfoNCEParams& p, Group& g, int64_t k, const float* ratio, int64_t first, int64_t n,
+                 const float* s, float* z) {
+  const float* of_columns = p.ratio + k * p.columns[0].count + first;
+  float maxima[G];
+  for (int64_t v = 0; v < g.width; v += W) {
+    const Vec of_rows = load(ratio + v);
+    Vec max = load(g.part[k].max + v);
+    for (int64_t j = 0; j < n; j++) {
+      const Vec value = load(s + j * G + v) * (of_rows * of_columns[j]);
+      store(z + j * G + v, value);
+      max = larger(value, max);
+    }
+    store(maxima + v, max);
+  }
+  if (!p.hooks) raise_max(p, g, k, maxima);
 }
 
 void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
@@ -171,24 +191,24 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
         }
       }
       float* z = p.pass[0].exponentials ? level_tile(p, group, k) + first * G : space.level_tile;
-      for (int64_t j = 0; j < n; j++) {
-        for (int64_t v = 0; v < g.width; v += W) {
-          store(z + j * G + v, load(space.tile + j * G + v) * (load(of.ratio[k] + v) * p.ratio[k * m + first + j]));
-        }
+      if (k == 0) hide_own(p, 0, g, first, n, space.tile);  // and so in every level's sum
+      scale_level(p, g, k, of.ratio[k], first, n, space.tile, z);
+      for (int64_t j = first + n; j < least(first + n + block_size, m); j++) {  // the next block's part of this level
+        fetch(columns.unit + j * p.stride + level_begin(p, k), p.level_end[k] - level_begin(p, k));
       }
       if (p.hooks) {
         apply_hooks(p, 0, k, g, first, n, z, guide);
+        exponentials<false, true>(p, g, k, n, z);
       } else {
-        hide_own(p, 0, g, first, n, z);
+        sum_exponentials<false, true>(g, k, n, z);
       }
-      exponentials<false, true>(p, g, k, n, z);
     }
   }
   for (int64_t i = 0; i < g.count; i++) finish_levels(p, g, of, i);
   if (!p.d_loss) return;
   for (int64_t first = 0; first < m; first += block_size) {
     const int64_t n = least(block_size, m - first);
-    level_gradients(p, g, of, group, first, n, space.tile);
+    level_gradients(p, g, of, group, first, n);
     for (int64_t k = 0; p.d_queries && k < p.levels; k++) {
       const int64_t begin = level_begin(p, k), width = round_up(p.level_end[k] - begin, W);
       gemm<true>(g.count, width, n, level_tile(p, group, k) + first * G, 1, G, columns.unit + first * p.stride + begin,

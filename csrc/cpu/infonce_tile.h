@@ -127,6 +127,11 @@ void logits(const InfoNCEParams& p, int64_t number, Group& g, int64_t first, int
 // The maximum grows to `larger`: what was summed under the old one is scaled, and so are rows of the anchors' d.
 void raise_max(const InfoNCEParams& p, Group& g, int64_t part, const float* larger) {
   Part& s = g.part[part];
+  bool grows = false;
+  for (int64_t v = 0; v < g.width; v += W) {
+    grows |= max_lanes(select(load(larger + v) > load(s.max + v), splat(1), Vec{})) > 0;
+  }
+  if (!grows) return;
   float factor[G];
   for (int64_t v = 0; v < g.width; v += W) {
     const Vec old = load(s.max + v), now = load(larger + v), by = exp(old - now);
@@ -151,21 +156,11 @@ EK_INLINE Vec take(Vec z, Vec max, Vec& rest, Vec& moment) {
   return e;
 }
 
-// z (n, G) -> exponentials, under a maximum that covers them: in place, or with `sum` only summed. With `mark`, hidden
-// ones become -0.
+// z (n, G) -> exponentials under the row's maximum: in place, or with `sum` only summed. With `mark`, hidden ones
+// become -0.
 template <bool mark, bool sum = false>
-void exponentials(const InfoNCEParams& p, Group& g, int64_t part, int64_t n, float* z) {
+void sum_exponentials(Group& g, int64_t part, int64_t n, float* z) {
   Part& s = g.part[part];
-  float larger[G];
-  bool grows = false;
-  for (int64_t v = 0; v < g.width; v += W) {
-    const Vec old = load(s.max + v);
-    Vec max = old;
-    for (int64_t j = 0; j < n; j++) max = ek::EK_VARIANT::larger(load(z + j * G + v), max);
-    store(larger + v, max);
-    grows |= max_lanes(select(max > old, splat(1), Vec{})) > 0;
-  }
-  if (grows) raise_max(p, g, part, larger);
   for (int64_t v = 0; v < g.width; v += W) {
     const Vec max = load(s.max + v);
     Vec rest{}, moment{};  // of this block alone: shorter sums round less
@@ -176,6 +171,19 @@ void exponentials(const InfoNCEParams& p, Group& g, int64_t part, int64_t n, flo
     store(s.rest + v, load(s.rest + v) + rest);
     store(s.moment + v, load(s.moment + v) + moment);
   }
+}
+
+// The same under a maximum that first grows to cover them.
+template <bool mark, bool sum = false>
+void exponentials(const InfoNCEParams& p, Group& g, int64_t part, int64_t n, float* z) {
+  float maxima[G];
+  for (int64_t v = 0; v < g.width; v += W) {
+    Vec max = load(g.part[part].max + v);
+    for (int64_t j = 0; j < n; j++) max = larger(load(z + j * G + v), max);
+    store(maxima + v, max);
+  }
+  raise_max(p, g, part, maxima);
+  sum_exponentials<mark, sum>(g, part, n, z);
 }
 
 }  // namespace
