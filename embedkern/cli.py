@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     return arguments.run(arguments)
 
 
-SUITES = ("attention", "pooling", "infonce", "training")
+SUITES = ("attention", "pooling", "infonce", "encoding", "training")
 LONG = ("infonce_large",)  # only where named
 
 
