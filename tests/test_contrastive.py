@@ -91,6 +91,22 @@ def test_sigmoid_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ek.sigmoid_loss(x, y, 2.0, -1.0), wanted)
 
 
+def test_same_bits_for_any_number_of_threads() -> None:
+    x, y, t_x, t_y = (torch.randn(n, d, requires_grad=True) for n, d in ((517, 100), (777, 100), (517, 60), (777, 60)))
+    scale, bias = (torch.tensor(value, requires_grad=True) for value in (0.3, -1.0))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        losses = [
+            ek.contrastive_distillation(x, y, t_x, t_y, temperature=scale, teacher_temperature=0.1, loss=loss)
+            for loss in ("kl", "mse")
+        ]
+        losses.append(ek.sigmoid_loss(y, x.repeat(2, 1)[:777], scale, bias))
+        results.append([*losses, *(g for loss in losses for g in torch.autograd.grad(loss, (x, y, scale)))])
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
 def test_only_the_gradients_that_are_needed() -> None:
     x, y = torch.randn(9, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     whole = torch.autograd.grad(ek.sigmoid_loss(x, y, 2.0, -1.0), (x, y))

@@ -8,7 +8,7 @@ G = V·Woᵀ of each head (absorbed projections), a token's attention is softmax
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from . import triton
 from .latent_rows import Rows, Tile, add_pieces, device_rows_of, rows_of
 
 ALIGN = 64  # of products' rows and columns
+EVEN = 840 * 64  # elements: divides into whole vectors between any number of threads up to 8
 # the weights whose gradients pass through the latents' keys and values
 ATTENTION = ("latents", "to_q", "to_kv", "to_out", "context_weight", "context_bias")
 
@@ -46,6 +47,21 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
         return torch.matmul(a, b, out=out)
     assert out is not None
     return out.addmm_(a, b) if a.ndim == 2 else out.baddbmm_(a, b)
+
+
+def elementwise(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """function(*xs), element by element, of tensors of one shape.
+
+    Where torch cuts the elements for its threads, those that don't fill a vector are computed by other code, with other
+    bits: on a CPU, what is large enough to be cut gets a length that leaves none.
+    """
+    count = xs[0].numel()
+    if count <= 1 << 15 or xs[0].device.type != "cpu":
+        return function(*xs)
+    even = xs[0].new_empty(len(xs), count + -count % EVEN)
+    for row, x in zip(even, xs, strict=True):
+        row[:count].view(x.shape).copy_(x)
+    return function(*even)[:count].view(xs[0].shape)
 
 
 class Gradients:
@@ -137,7 +153,7 @@ class FeedForward:
             return
         a, gate = u.chunk(2, 1)
         add_pieces(self.attended, y, tile)
-        add_pieces(self.gated, F.gelu(gate).mul_(a), tile)
+        add_pieces(self.gated, elementwise(F.gelu, gate).mul_(a), tile)
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The pooled rows (B, C), 0 where there are none, and the means of g (B, F)."""
@@ -174,8 +190,8 @@ class FeedForward:
         a, gate = u.chunk(2, 1)
         d_g = self.d_gated.index_select(0, sequences)
         d_u = torch.empty_like(u)
-        torch.mul(F.gelu(gate), d_g, out=d_u[:, : self.inner])
-        aten.gelu_backward.grad_input(d_g.mul_(a), gate, grad_input=d_u[:, self.inner :])
+        torch.mul(elementwise(F.gelu, gate), d_g, out=d_u[:, : self.inner])
+        d_u[:, self.inner :] = elementwise(aten.gelu_backward, d_g.mul_(a), gate)
         return d_u, d_u.sum(0) if need_bias else None
 
 

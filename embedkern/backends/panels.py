@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .. import schema
+from .latent_pooling import elementwise, product
 
 ELEMENTS = 1 << 19  # of a panel's matrix
 EPS = 1e-12  # x / max(‖x‖₂, EPS), as torch.nn.functional.normalize
@@ -22,6 +23,11 @@ def _panels(rows: int, columns: int) -> Iterator[slice]:
 def _wide(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return [x.to(dtype) for x in tensors]
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Row by row: torch cuts the sum of a whole matrix by the number of threads."""
+    return x.sum(1).sum()
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,23 +59,22 @@ def contrastive_distillation(
     loss, d_tau = q.new_zeros(()), q.new_zeros(())
     d_q, d_d = (torch.zeros_like(x) if need else x.new_empty(0) for x, need in ((q, d_queries), (d, d_documents)))
     for r in _panels(rows, columns):
-        s, t = q[r] @ d.T, t_q[r] @ t_d.T
+        s, t = product(q[r], d.T), product(t_q[r], t_d.T)
         if kl:
-            z, t = s.div_(tau), t.div_(teacher_temperature).log_softmax(1).to(s.dtype)
-            log_p = z.log_softmax(1)
-            target = t.exp()
-            loss += (target * t.sub_(log_p)).sum()
-            dz = log_p.exp_().sub_(target).div_(rows)  # the derivative by z
-            d_tau -= (dz * z).sum() / tau
+            z, t = s.div_(tau), t.div_(teacher_temperature).to(s.dtype)
+            target = t.softmax(1)
+            loss += _sum(target * (t.log_softmax(1) - z.log_softmax(1)))
+            dz = z.softmax(1).sub_(target).div_(rows)  # the derivative by z
+            d_tau -= _sum(dz * z) / tau
             ds = dz.div_(tau)
         else:
             ds = s.sub_(t.to(s.dtype))
-            loss += ds.square().sum()
+            loss += _sum(ds.square())
             ds = ds.mul_(2 / max(rows * columns, 1))
         if d_queries:
-            torch.mm(ds, d, out=d_q[r])
+            product(ds, d, d_q[r])
         if d_documents:
-            d_d.addmm_(ds.T, q[r])
+            product(ds.T, q[r], d_d, add=True)
     loss = loss / max(rows if kl else rows * columns, 1)
     d_q = _through_unit(d_q, q, q_norm) if d_queries else d_q
     d_d = _through_unit(d_d, d, d_norm) if d_documents else d_d
@@ -90,20 +95,20 @@ def sigmoid_loss(
     loss, d_scale, d_bias = (x.new_zeros(()) for _ in range(3))
     d_x, d_y = (torch.zeros_like(v) if need else v.new_empty(0) for v, need in ((x, d_images), (y, d_texts)))
     for r in _panels(x.shape[0], y.shape[0]):
-        s = x[r] @ y.T
+        s = product(x[r], y.T)
         logits = scale * s + bias
         own = logits.diagonal(offset + r.start)
-        loss += softplus(logits).sum() - own.sum()  # softplus(z) - z = softplus(-z)
-        d = logits.sigmoid_()
-        own -= 1
+        loss += _sum(elementwise(softplus, logits)) - own.sum()  # softplus(z) - z = softplus(-z)
+        d = elementwise(torch.sigmoid, logits)
+        d.diagonal(offset + r.start).sub_(1)
         d.div_(max(total, 1))
-        d_scale += (d * s).sum()
-        d_bias += d.sum()
+        d_scale += _sum(d * s)
+        d_bias += _sum(d)
         d.mul_(scale)
         if d_images:
-            torch.mm(d, y, out=d_x[r])
+            product(d, y, d_x[r])
         if d_texts:
-            d_y.addmm_(d.T, x[r])
+            product(d.T, x[r], d_y, add=True)
     return loss / max(total, 1), d_x, d_y, d_scale, d_bias
 
 
