@@ -163,7 +163,7 @@ def loss_rows(
         a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
         work = f"info_nce forward + backward, N=M={size} D={dim} bfloat16"
         losses = {"ours": info_nce, "both directions, ours": _both, **peers}
-        steps = {
+        steps: dict[str, Callable[[], object]] = {
             name: lambda f=loss, q=q, d=d: torch.autograd.grad(f(q, d), (q, d))  # type: ignore[misc]
             for name, loss in losses.items()
         }

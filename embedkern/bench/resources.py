@@ -230,8 +230,10 @@ def latent_table() -> Iterator[tuple[str, Launch, int, Resources]]:
 
 def loss_calls() -> list[tuple[str, list[Launch]]]:
     """Launches of info_nce that work on tiles: query_to_doc, and both directions, one softmax each."""
-    both = {"doc_to_query": True, "per_direction": True}
-    kinds = {"loss": loss_launches(8192, 8192, 768), "loss, both": loss_launches(8192, 8192, 768, **both)}
+    kinds = {
+        "loss": loss_launches(8192, 8192, 768),
+        "loss, both": loss_launches(8192, 8192, 768, doc_to_query=True, per_direction=True),
+    }
     return [(name, [x for x in found if x.kernel is infonce.kernels.scores_kernel]) for name, found in kinds.items()]
 
 

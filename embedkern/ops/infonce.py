@@ -60,7 +60,7 @@ def info_nce(
         negatives: (N, K, D), hard negatives that only their own query sees.
         positives: (N, D), stand at the positive's column instead of the document there.
         targets: (N,) int32 or int64, row i's positive is documents[targets[i]]; without them documents[i] (M ≥ N).
-            Values are checked on the CPU.
+            Values are checked on the CPU, and clamped on a GPU, as negative weights are.
         temperature: τ, a number or a tensor () or (N,), which gets its gradient.
         similarity: "cosine" (normalised here, x / max(‖x‖₂, 1e-12)) or "dot".
         directions: what row i's softmax holds besides "query_to_doc": "query_to_query" (the other queries),

@@ -190,3 +190,30 @@ def test_explain() -> None:
     assert ek.explain("info_nce", q.double(), q).refused["triton"] == ["queries is torch.float64"]
     with pytest.raises(NotImplementedError, match="one of documents, negatives, positives is float64"):
         ek.info_nce(q, q.double(), backend="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+def test_cuda_graph() -> None:
+    q, d = (randn(300, 64).half().requires_grad_() for _ in range(2))
+    targets = torch.randint(300, (300,), device=DEVICE)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = ek.info_nce(q, d, targets=targets) + ek.info_nce(q, d, directions=DIRECTIONS, label_smoothing=0.1)
+        return torch.autograd.grad(loss, (q, d))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        wanted = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dim", [64, 768, 4096])
+def test_large_on_the_gpu(dtype: torch.dtype, dim: int) -> None:
+    check({"queries": randn(1000, dim).to(dtype), "documents": randn(1300, dim).to(dtype)}, {"temperature": 0.05})

@@ -79,10 +79,13 @@ class Loss(Call):
         if with_panels and one_target and len(self.passes) == 1 and self.mirror is None:
             found, parts = self.exponentials(of_rows[0], of_columns[0])
         else:
-            found, of_mirror = zip(*(self.statistics(each) for each in self.passes), strict=True)
-            members = [*zip(self.passes, found, strict=True), (self.mirror, of_mirror[0])]
+            both = [self.statistics(each) for each in self.passes]
+            found = [x for x, _ in both]
+            members = [*zip(self.passes, found, strict=True), (self.mirror, both[0][1])]
             parts = [
-                self.softmax(self.sums(part, [x for each, x in members if each is not None and each.part == part]))
+                self.softmax(
+                    self.sums(part, [x for each, x in members if each and x is not None and each.part == part])
+                )
                 for part in range(self.parts)
             ]
             if with_panels:
