@@ -89,7 +89,8 @@ def test_examples_run_as_pasted() -> None:
     blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
     offline = [block for block in blocks if "MiniLM" not in block]  # the others fetch a model
     assert len(offline) >= 8
-    code = "import sys\nfor block in sys.stdin.read().split(chr(0)):\n    exec(block, {})"  # one process: imports take long
+    # in one process: imports take long
+    code = "import sys\nfor block in sys.stdin.read().split(chr(0)):\n    exec(block, {})"
     subprocess.run([sys.executable, "-c", code], input="\0".join(offline), text=True, check=True, timeout=300, cwd=ROOT)
 
 
