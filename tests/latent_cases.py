@@ -63,6 +63,7 @@ def layouts(length: int = 11) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
         (real.flip(1), {"mask": real.flip(1)}),
         (holes, {"mask": holes.int()}),
         (real & (torch.arange(length) >= 2), {"lengths": lengths.int(), "skip": 2}),
+        (holes & (holes.cumsum(1) > 2), {"mask": holes, "skip": 2}),
     ):
         hidden = torch.randn(4, length, WIDTH)
         hidden[~mask] = NAN
