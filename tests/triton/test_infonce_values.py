@@ -73,7 +73,8 @@ def test_several_panels_of_directions(small_panels: None) -> None:
     labels = torch.arange(70, device=DEVICE) // 2
     guide = randn(70, 9)
     tensors = {"queries": randn(70, 20), "documents": randn(140, 20), "query_labels": labels,
-               "document_labels": labels.repeat(2), "guide_queries": guide, "guide_documents": guide.repeat(2, 1),
+               "document_labels": labels.repeat(2), "guide_queries": guide,
+               "guide_documents": guide.repeat(2, 1) + randn(140, 9),
                "temperature": torch.rand(70, device=DEVICE) + 0.2}  # fmt: skip
     check(tensors, {"directions": DIRECTIONS, "same_label": "positive", "margin": 0.3})
 
