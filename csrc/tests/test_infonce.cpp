@@ -85,7 +85,7 @@ struct Example {
     p.negatives_stride = k * dim;
     p.targets = targets.data(), p.temperature = temperature.data(), p.temperature_stride = 1;
     p.passes = p.anchors = p.parts = 1;
-    p.pass[0] = {0, 0, 0, true, m, key.data(), exponentials.data(), block_max.data()};
+    p.pass[0] = {0, 0, 0, true, m, key.data(), exponentials.data(), block_max.data(), false, false};
     p.hooks = p.sum_anchors[0] = true;
     p.same_positive = soft, p.label_smoothing = soft ? 0.1f : 0;
     p.d_loss = d_loss.data(), p.loss = loss.data();
