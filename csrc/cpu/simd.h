@@ -110,7 +110,10 @@ EK_INLINE UVec bf16_bits(Vec x) {  // to the nearest, ties to even, as torch doe
 }
 EK_INLINE void store(Bf16* p, Vec x) { *reinterpret_cast<HVec*>(p) = __builtin_convertvector(bf16_bits(x), HVec); }
 
-EK_INLINE Vec load(const Pair* p) { return *reinterpret_cast<const Vec*>(p); }
+EK_INLINE Vec load(const Pair* p) {
+  typedef float Unaligned __attribute__((vector_size(4 * W), aligned(2), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
 EK_INLINE Vec broadcast(const float& x) { return splat(x); }
 EK_INLINE Vec broadcast(const Pair& x) { return (Vec)(UVec{} + x.bits); }
 
