@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,15 @@ def test_saved_model_is_an_ordinary_one(whole_run: Path, dictionary: Path) -> No
     assert quality.mrr_at_10 == pytest.approx(figures(whole_run)["after"]["mrr_at_10"], abs=1e-3)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell runs in the background ignores SIGINT from its start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("after_texts", [40, 160], ids=["in the first step", "in the second step"])
 def test_interrupted_run_resumes(
     after_texts: int, whole_run: Path, dictionary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,6 +252,7 @@ def test_arguments_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 is not 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_signals_wait_for_the_end_of_a_block() -> None:
     reached = []
 

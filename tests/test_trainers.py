@@ -156,7 +156,12 @@ def test_adapter(folder, tmp_path):
     for apply in (patch, lambda model: model):
         model = without_dropout(sentence_transformer(folder, modules.Pooling))
         torch.manual_seed(0)
-        model.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2, init_lora_weights=False))
+        try:
+            model.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=2, init_lora_weights=False))
+        except ValueError as error:  # transformers 5.24 asks for a PEFT that isn't released yet
+            if "version of PEFT" not in str(error):
+                raise
+            pytest.skip(str(error))
         before = weights(model)
         train(apply(model), cached(losses, model), tmp_path)
         found.append(weights(model))
