@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
+from cuda_graph import replayed
 from torch import Tensor
 
 import embedkern as ek
@@ -418,14 +419,7 @@ def test_cuda_graph() -> None:
         out = out + ek.attention_varlen(*packed_inputs, cu_seqlens).float().sum()
         return torch.autograd.grad(out, (q, k, v))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        wanted = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
+    got, wanted = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_graph import replayed
 from infonce_cases import build, check, pairwise, results
 from torch import Tensor
 
@@ -202,14 +203,7 @@ def test_cuda_graph() -> None:
         loss = ek.info_nce(q, d, targets=targets) + ek.info_nce(q, d, directions=DIRECTIONS, label_smoothing=0.1)
         return torch.autograd.grad(loss, (q, d))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        wanted = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
+    got, wanted = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_graph import replayed
 from latent_cases import FORMS, HEADS, NAN, WIDTH, block, check, layouts, run
 
 import embedkern as ek
@@ -144,13 +145,6 @@ def test_cuda_graph() -> None:
         out = ek.latent_attention(hidden, *weights, HEADS, lengths=lengths)
         return torch.autograd.grad(out[:, :5].sum(), [hidden, *weights])
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        wanted = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
+    got, wanted = replayed(step)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
