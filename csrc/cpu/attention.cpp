@@ -34,11 +34,11 @@ struct Block {
 };
 
 // gemm() of scratch that holds T's operands; k counts numbers, strides words.
-template <class T, bool add = false>
-void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t ldb,
-             float* c, int64_t ldc, const End& end, Ahead& ahead) {
-  gemm<add>(m, n, (k + per_word<T> - 1) / per_word<T>, reinterpret_cast<const Operand<T>*>(a), a_row, a_col,
-            reinterpret_cast<const Operand<T>*>(b), ldb, c, ldc, end, ahead);
+template <class T>
+void product(bool add, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_col, const float* b,
+             int64_t ldb, float* c, int64_t ldc, const End& end, Ahead& ahead) {
+  gemm(add, m, n, (k + per_word<T> - 1) / per_word<T>, reinterpret_cast<const Operand<T>*>(a), a_row, a_col,
+       reinterpret_cast<const Operand<T>*>(b), ldb, c, ldc, end, ahead);
 }
 
 template <class T>
@@ -57,7 +57,7 @@ void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row,
     b.q = {b.q_copy, row_words<T>(p.dim)};
     gather_rows<T>(p.query, row, m, p.dim, nullptr, b.q.x);
   }
-  product<T>(m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
+  product<T>(false, m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
              {b.factors.scale}, ahead);
   if (b.key_bias) adjust(p, row, m, range, b.key_bias, b.scores, b.cap_slope, ld);
   for (int64_t i = 0; b.z && i < m * ld; i += W) store(b.z + i, load(b.scores + i));
@@ -128,7 +128,7 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
     }
     if (direct) out = {row.in<float>(p.out), p.out.stride_t};
     if constexpr (paired<T>) pair_neighbours(b.scores, m, range.n, ld, nullptr, b.scores, ld);
-    product<T>(m, dim_v, range.n, b.scores, ld, 1, v.x + range.first / per_word<T> * v.ld, v.ld, out.x, out.ld,
+    product<T>(false, m, dim_v, range.n, b.scores, ld, 1, v.x + range.first / per_word<T> * v.ld, v.ld, out.x, out.ld,
                {b.reciprocal, streams(p, s, direct)}, ahead);
     if (!direct) scatter_rows<T>(p.out, row, m, p.dim_v, out.x);
     for (int64_t i = 0; i < m; i += W) {
@@ -136,17 +136,6 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
       store(b.top + i, select(sum == 0.0f, splat(-__builtin_inff()), lse));
     }
     for (int64_t i = 0; i < m; i++, row.next()) *row.in<float>(p.lse) = b.top[i];
-  }
-}
-
-// sum (n, dim) = or += panelᵀ · x, of m rows
-template <class T>
-void add_product(bool add, int64_t n, int64_t dim, int64_t m, const float* panel, int64_t ld, const Panel& x,
-                 float* sum, int64_t sum_ld, bool stream, Ahead& ahead) {
-  if (add) {
-    product<T, true>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
-  } else {
-    product<T>(n, dim, m, panel, 1, ld, x.x, x.ld, sum, sum_ld, {nullptr, stream}, ahead);
   }
 }
 
@@ -263,11 +252,12 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       right = {d_out_pairs, dim_v};
     }
     if (p.d_value.data) {
-      add_product<T>(add, range.n, dim_v, m, weights, ld, right, d_v.x + range.first * d_v.ld, d_v.ld, stream, ahead);
+      product<T>(add, range.n, dim_v, m, weights, 1, ld, right.x, right.ld, d_v.x + range.first * d_v.ld, d_v.ld,
+                 {nullptr, stream}, ahead);
     }
     if (!scores_wanted) continue;
-    product<T>(m, round_up(range.n, W), p.dim_v, d_out.x, d_out.ld, 1, v_transposed + range.first, ld, d_scores, ld,
-               {paired<T> ? reciprocal : nullptr}, ahead);
+    product<T>(false, m, round_up(range.n, W), p.dim_v, d_out.x, d_out.ld, 1, v_transposed + range.first, ld, d_scores,
+               ld, {paired<T> ? reciprocal : nullptr}, ahead);
     if (p.dropout_p > 0) drop(p, row, m, range, d_scores, d_scores, ld);
     Row r = row;
     for (int64_t i = 0; p.d_lse.data && i < m; i++, r.next()) d_lse[i] = b.sum[i] == 0 ? 0 : *r.in<float>(p.d_lse);
@@ -287,7 +277,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
         left_ld = round_up(ld / 2, W);
         pair_neighbours(d_scores, m, range.n, ld, rows_wanted ? excess : nullptr, panel, left_ld);
       }
-      product<T>(m, dim, range.n, left, left_ld, 1, k.x + range.first / per_word<T> * k.ld, k.ld, d_q.x, d_q.ld,
+      product<T>(false, m, dim, range.n, left, left_ld, 1, k.x + range.first / per_word<T> * k.ld, k.ld, d_q.x, d_q.ld,
                  {nullptr, stream && d_q_direct && !rows_wanted}, ahead);
     }
     if (rows_wanted) row_gradients<T>(p, row, m, d_q, d_scores, ld, b, excess);
@@ -300,7 +290,8 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
         left = panel;
         right = {q_pairs, dim};
       }
-      add_product<T>(add, range.n, dim, m, left, ld, right, d_k.x + range.first * d_k.ld, d_k.ld, stream, ahead);
+      product<T>(add, range.n, dim, m, left, 1, ld, right.x, right.ld, d_k.x + range.first * d_k.ld, d_k.ld,
+                 {nullptr, stream}, ahead);
     }
     if (p.d_query.data && !d_q_direct) scatter_rows<T>(p.d_query, row, m, p.dim, d_q.x);
   }

@@ -1,8 +1,8 @@
-// Products of matrices inside a kernel, for variant sources. C (m, n) = or += A (m, k) · B (k, n) in float32: A by any
-// strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C by rows ldc apart.
-// Operands are floats, or Pairs of bfloat16 along k: k, strides and ldb count Pairs.
-// n must be a multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k. Before each
-// tile meanwhile.step() may fetch memory ahead.
+// Products of matrices inside a kernel, for variant sources. C (m, n) = or, with add, += A (m, k) · B (k, n) in
+// float32: A by any strides (its elements are broadcast, so that a transposed A costs nothing), B by rows ldb apart, C
+// by rows ldc apart. Operands are floats, or Pairs of bfloat16 along k: k, strides and ldb count Pairs. n must be a
+// multiple of W: scratch is padded. Registers hold an MR × NV·W tile of C over KC of k. Before each tile
+// meanwhile.step() may fetch memory ahead.
 #pragma once
 #include "simd.h"
 
@@ -105,10 +105,10 @@ void gemm_columns(int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t
   }
 }
 
-template <int nv, bool add, class Operand, class Meanwhile>
-EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t a_col,
+template <int nv, class Operand, class Meanwhile>
+EK_INLINE void gemm_part(bool add, int64_t m, int64_t k, const Operand* a, int64_t a_row, int64_t a_col,
                          const Operand* b, int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
-  if (add || l > 0) {
+  if (add) {
     gemm_columns<nv, true>(m, k, a, a_row, a_col, b, ldb, c, ldc, end, meanwhile);
   } else {
     gemm_columns<nv, false>(m, k, a, a_row, a_col, b, ldb, c, ldc, end, meanwhile);
@@ -118,8 +118,8 @@ EK_INLINE void gemm_part(int64_t l, int64_t m, int64_t k, const Operand* a, int6
 // Long sums are sums of partial sums: as accurate as a blocked library's, and B's strip of KC rows stays in the cache.
 constexpr int64_t KC = 128;
 
-template <bool add, class Operand, class Meanwhile>
-void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
+template <class Operand, class Meanwhile>
+void gemm(bool add, int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
           int64_t ldb, float* c, int64_t ldc, const End& end, Meanwhile& meanwhile) {
   for (int64_t l = 0; l < k || (l == 0 && !add); l += KC) {
     const int64_t depth = least(KC, k - l);
@@ -127,19 +127,21 @@ void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int6
     for (int64_t j = 0; j < n; j += NR) {
       if (n - j < NR) {
         for (; j < n; j += W)
-          gemm_part<1, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j), meanwhile);
+          gemm_part<1>(add || l > 0, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j),
+                       meanwhile);
       } else {
-        gemm_part<NV, add>(l, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j), meanwhile);
+        gemm_part<NV>(add || l > 0, m, depth, a_l, a_row, a_col, b_l + j, ldb, c + j, ldc, end.from_column(j),
+                      meanwhile);
       }
     }
   }
 }
 
-template <bool add, class Operand>
-void gemm(int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
+template <class Operand>
+void gemm(bool add, int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,
           int64_t ldb, float* c, int64_t ldc) {
   Nothing nothing;
-  gemm<add>(m, n, k, a, a_row, a_col, b, ldb, c, ldc, {}, nothing);
+  gemm(add, m, n, k, a, a_row, a_col, b, ldb, c, ldc, {}, nothing);
 }
 
 }  // namespace

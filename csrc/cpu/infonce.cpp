@@ -210,13 +210,13 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
       }
       if (p.sum_anchors[pass.anchors] && p.paired) {
         pair_scores(z, n, g.width, G, columns.factor + first, space.pairs);
-        gemm<true>(g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
-                   as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
+        gemm(true, g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
+             as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
       } else if (p.sum_anchors[pass.anchors]) {
         const float* unit = columns.unit + first * p.stride;
         Ahead next(unit + n * p.stride, p.stride, least(block_size, columns.count - first - n),
                    gemm_tiles(g.count, p.padded_dim));
-        gemm<true>(g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
+        gemm(true, g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
       }
       for (int64_t i = 0; pass.exponentials && i < G; i++) {
         pass.block_max[(group * blocks + block) * G + i] = g.part[pass.part].max[i];
@@ -279,17 +279,6 @@ void logit_gradients(const InfoNCEParams& p, const InfoNCEPass& pass, int64_t gr
   }
 }
 
-// d (n, dim) = or += dz (n, G) · rows (m, dim)
-template <class Operand>
-void add_product(bool add, int64_t n, int64_t dim, int64_t m, const Operand* dz, const Operand* rows, int64_t stride,
-                 float* d) {
-  if (add) {
-    gemm<true>(n, dim, m, dz, G, 1, rows, stride, d, dim);
-  } else {
-    gemm<false>(n, dim, m, dz, G, 1, rows, stride, d, dim);
-  }
-}
-
 void columns(const InfoNCEParams& p, int64_t set, int64_t block, float* dz) {
   const InfoNCEColumns& columns = p.columns[set];
   const int64_t first = block * block_size, n = least(block_size, columns.count - first);
@@ -304,10 +293,11 @@ void columns(const InfoNCEParams& p, int64_t set, int64_t block, float* dz) {
       logit_gradients(p, pass, begin / G, first, n, dz);
       if (p.paired) {
         pair_neighbours(dz, n, count, G, nullptr, dz, G);
-        add_product(!empty, n, p.padded_dim, (count + 1) / 2, as_pairs(dz),
-                    as_pairs(p.anchor_pairs[pass.anchors]) + begin / 2 * p.padded_dim, p.padded_dim, d);
+        gemm(!empty, n, p.padded_dim, (count + 1) / 2, as_pairs(dz), G, 1,
+             as_pairs(p.anchor_pairs[pass.anchors]) + begin / 2 * p.padded_dim, p.padded_dim, d, p.padded_dim);
       } else {
-        add_product(!empty, n, p.padded_dim, count, dz, p.unit_anchors[pass.anchors] + begin * p.stride, p.stride, d);
+        gemm(!empty, n, p.padded_dim, count, dz, G, 1, p.unit_anchors[pass.anchors] + begin * p.stride, p.stride, d,
+             p.padded_dim);
       }
       empty = false;
     }

@@ -129,9 +129,8 @@ template <class Operand>
 void product(int64_t n, int64_t width, int64_t dim, const Operand* columns, int64_t stride, const Operand* rows,
              float* to, const End& end = {}) {
   Nothing nothing;
-  gemm<false>(n, width, least(depth, dim), columns, stride, 1, rows, G, to, G, end, nothing);
-  for (int64_t c = depth; c < dim; c += depth) {
-    gemm<true>(n, width, least(depth, dim - c), columns + c, stride, 1, rows + c * G, G, to, G, end, nothing);
+  for (int64_t c = 0; c == 0 || c < dim; c += depth) {
+    gemm(c > 0, n, width, least(depth, dim - c), columns + c, stride, 1, rows + c * G, G, to, G, end, nothing);
   }
 }
 

@@ -237,7 +237,7 @@ void mutual_rows(const InfoNCEParams& p, int64_t kind, int64_t group, float* scr
       float* w = kept ? pass.exponentials + (group * columns.count + first) * G : tile;
       product(n, a.width, p.dim, unit, p.stride, a.transposed, w);
       weigh(p, pass, a, first, n, w);
-      if (d_rows) gemm<true>(a.count, p.padded_dim, n, w, 1, G, unit, p.stride, d, p.stride);
+      if (d_rows) gemm(true, a.count, p.padded_dim, n, w, 1, G, unit, p.stride, d, p.stride);
     }
   }
   for (int64_t i = 0; d_rows && i < a.count; i++) {
@@ -259,8 +259,8 @@ void mutual_columns(const InfoNCEParams& p, int64_t kind, int64_t set, int64_t b
       if (skipped >= n) continue;
       const float* w = pass.exponentials + ((row - p.panel_begin) / G * columns.count + first + skipped) * G;
       const float* unit = p.columns[1 - kind].unit + row * p.stride;
-      gemm<true>(n - skipped, p.padded_dim, least(G, p.panel_end - row), w, G, 1, unit, p.stride,
-                 d + skipped * p.padded_dim, p.padded_dim);
+      gemm(true, n - skipped, p.padded_dim, least(G, p.panel_end - row), w, G, 1, unit, p.stride,
+           d + skipped * p.padded_dim, p.padded_dim);
     }
   }
 }

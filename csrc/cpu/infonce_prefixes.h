@@ -184,11 +184,7 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
     for (int64_t k = 0; k < p.levels; k++) {
       for (int64_t c = level_begin(p, k); c < p.level_end[k]; c += depth) {
         const int64_t of_product = least(depth, p.level_end[k] - c);
-        if (c == 0) {
-          gemm<false>(n, g.width, of_product, d, p.stride, 1, a.transposed, G, space.tile, G);
-        } else {
-          gemm<true>(n, g.width, of_product, d + c, p.stride, 1, a.transposed + c * G, G, space.tile, G);
-        }
+        gemm(c > 0, n, g.width, of_product, d + c, p.stride, 1, a.transposed + c * G, G, space.tile, G);
       }
       float* z = p.pass[0].exponentials ? level_tile(p, group, k) + first * G : space.level_tile;
       if (k == 0) hide_own(p, 0, g, first, n, space.tile);  // and so in every level's sum
@@ -211,8 +207,8 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
     level_gradients(p, g, of, group, first, n);
     for (int64_t k = 0; p.d_queries && k < p.levels; k++) {
       const int64_t begin = level_begin(p, k), width = round_up(p.level_end[k] - begin, W);
-      gemm<true>(g.count, width, n, level_tile(p, group, k) + first * G, 1, G, columns.unit + first * p.stride + begin,
-                 p.stride, a.d + begin, p.stride);
+      gemm(true, g.count, width, n, level_tile(p, group, k) + first * G, 1, G, columns.unit + first * p.stride + begin,
+           p.stride, a.d + begin, p.stride);
     }
   }
   for (int64_t i = 0; p.d_queries && i < g.count; i++) {
@@ -235,11 +231,7 @@ void prefix_columns(const InfoNCEParams& p, int64_t block) {
     for (int64_t row = 0; row < panel; row += G) {
       const int64_t count = least(G, panel - row);
       const float *dz = level_tile(p, row / G, k) + first * G, *unit = p.unit_anchors[0] + row * p.stride + begin;
-      if (p.panel_begin == 0 && row == 0) {
-        gemm<false>(n, width, count, dz, G, 1, unit, p.stride, d + begin, p.padded_dim);
-      } else {
-        gemm<true>(n, width, count, dz, G, 1, unit, p.stride, d + begin, p.padded_dim);
-      }
+      gemm(p.panel_begin > 0 || row > 0, n, width, count, dz, G, 1, unit, p.stride, d + begin, p.padded_dim);
       const float* of_group = p.tile_z_dz + (row / G * p.levels + k) * m + first;
       for (int64_t j = 0; j < n; j++) z_dz[j] += of_group[j];
     }
