@@ -15,7 +15,7 @@ HAS_CUDA = _native.has_cuda  # read once: a call into pybind11 doesn't trace
 POOL_MODES_LIMIT = 32  # csrc/cuda/pooling.h
 
 
-def _on(device: str, argument: str) -> tuple[Rule, Rule]:
+def on(device: str, argument: str) -> tuple[Rule, Rule]:
     """The rules about a call's main tensor that every kernel has."""
 
     def elsewhere(call: Call) -> bool:
@@ -38,13 +38,13 @@ _PLACES = Rule(
 )
 _POOL_OPERATORS = OPS.pool_forward.default, OPS.pool_backward.default
 
-POOLING = Backend("cpu", (*_on("cpu", "hidden"), _PLACES), *_POOL_OPERATORS)
-POOLING_CUDA = Backend("cuda", (_BUILT, *_on("cuda", "hidden"), _FEW_MODES, _PLACES), *_POOL_OPERATORS)
+POOLING = Backend("cpu", (*on("cpu", "hidden"), _PLACES), *_POOL_OPERATORS)
+POOLING_CUDA = Backend("cuda", (_BUILT, *on("cuda", "hidden"), _FEW_MODES, _PLACES), *_POOL_OPERATORS)
 
 
 _ATTENTION_OPERATORS = OPS.attention_forward.default, OPS.attention_backward.default
 
-ATTENTION = Backend("cpu", _on("cpu", "query"), *_ATTENTION_OPERATORS)
+ATTENTION = Backend("cpu", on("cpu", "query"), *_ATTENTION_OPERATORS)
 
 
 def _float64_beside(call: Call) -> bool:
@@ -54,4 +54,4 @@ def _float64_beside(call: Call) -> bool:
 
 
 FLOAT64_BESIDE = Rule(_float64_beside, "one of documents, negatives, positives is float64")
-INFONCE = Backend("cpu", (*_on("cpu", "queries"), FLOAT64_BESIDE), OPS.info_nce.default)
+INFONCE = Backend("cpu", (*on("cpu", "queries"), FLOAT64_BESIDE), OPS.info_nce.default)

@@ -85,42 +85,26 @@ def launches(
     if packed:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         defaults["cu_seqlens_q"] = torch.empty(batch + 1, dtype=torch.int32, device="meta")
-    found: list[Launch] = []
-
-    def record(self: Any, kernel: Any, programs: int, *arguments: Any, tiles: Any, **constants: Any) -> None:
-        stages = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
-        found.append(Launch(kernel, arguments, {**self.constants, **constants, **stages}))
-
-    usual, attention._Call.launch = attention._Call.launch, record  # type: ignore[method-assign]
     is_large, attention.is_large = attention.is_large, lambda device: architecture >= 90
     try:
-        arguments = (q, k, v, *(defaults | options).values())
-        out, lse, statistics = attention._run_forward(*arguments)
-        d_lse = lse if options.get("d_lse") else None
-        attention._run_backward(out, d_lse, out, statistics if statistics.numel() else None, *arguments, *needs)
+        with recorded() as found:
+            arguments = (q, k, v, *(defaults | options).values())
+            out, lse, statistics = attention._run_forward(*arguments)
+            d_lse = lse if options.get("d_lse") else None
+            attention._run_backward(out, d_lse, out, statistics if statistics.numel() else None, *arguments, *needs)
     finally:
-        attention._Call.launch = usual  # type: ignore[method-assign]
         attention.is_large = is_large
     return found
 
 
 def latent_launches(rows: int, width: int, batch: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """What latent attention launches for a tile: sums of rows, of gated units; the gated units' gradient."""
-    found: list[Launch] = []
-
-    def record(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-        found.append(Launch(kernel, arguments, {**constants, **latent_kernels.OPTIONS}))
-
-    usual, latent_kernels.launch = latent_kernels.launch, record
-    try:
-        with torch.device("meta"):
-            u, sums = torch.empty(rows, 2 * width, dtype=dtype), torch.empty(batch, width)
-            ends, sequences = (torch.empty(n, dtype=torch.int64) for n in (batch, rows))
-            latent_kernels.add_sums(sums, u[:, :width].contiguous(), ends, 0)
-            latent_kernels.add_sums(sums, u, ends, 0, gated=True)
-            latent_kernels.d_gated(u, torch.empty(batch + 1, width), sequences, True)
-    finally:
-        latent_kernels.launch = usual
+    with recorded() as found, torch.device("meta"):
+        u, sums = torch.empty(rows, 2 * width, dtype=dtype), torch.empty(batch, width)
+        ends, sequences = (torch.empty(n, dtype=torch.int64) for n in (batch, rows))
+        latent_kernels.add_sums(sums, u[:, :width].contiguous(), ends, 0)
+        latent_kernels.add_sums(sums, u, ends, 0, gated=True)
+        latent_kernels.d_gated(u, torch.empty(batch + 1, width), sequences, True)
     return found
 
 
@@ -251,7 +235,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for call, launch, architecture, r in itertools.chain(table(), latent_table(), loss_table()):
         tile = "×".join(map(str, launch.tiles))
-        options = f"{launch.options['num_warps']}, {launch.options.get('num_stages', '–')}"
+        options = f"{launch.options['num_warps']}, {launch.options['num_stages']}"
         wgmma = f"{r.wgmma}{' serialised' if r.serialised else ''}"
         print(
             f"| {call} | {launch.name} | {tile} | {options} | {architecture} | {r.registers} | {r.shared} "

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import embedkern as ek
 from embedkern.backends.triton import attention
+from embedkern.backends.triton.launcher import DEVICE, INTERPRETED
 from embedkern.reference import attention as reference
 
-DEVICE = "cpu" if attention.INTERPRETED else "cuda"
 NAN, INF = float("nan"), float("inf")
 SEED = 123456789012345
 NAMES = ("query", "key", "value", "bias", "relative_bias", "temperature", "scale")
-DTYPES = (torch.float16,) if attention.INTERPRETED else (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
 
 
 def rand(*shape: int, low: float = 0.0) -> Tensor:
@@ -205,7 +205,7 @@ def test_padded_equals_packed() -> None:
 
 # The interpreter's products differ in the last place between q·kᵀ and k·qᵀ, a GPU's don't. Large scores, or small
 # temperatures, turn that into a difference of weights between backward's two kernels: here one does it all.
-LONGEST = 30 if attention.INTERPRETED else 300
+LONGEST = 30 if INTERPRETED else 300
 
 
 @pytest.mark.parametrize("tau", [1e-40, 1e-12, 1e-3, 1e3, 1e38])
@@ -408,7 +408,7 @@ def test_operators_and_compile() -> None:
         torch.testing.assert_close(got, torch.autograd.grad(function(x, cu_seqlens), x))
 
 
-@pytest.mark.skipif(attention.INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
 def test_cuda_graph() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(4, 4, 2, 64, 64, 32, 32, torch.float16))
     cu_seqlens = torch.tensor([0, 50, 50, 64], device=DEVICE)
@@ -423,7 +423,7 @@ def test_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.skipif(attention.INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [16, 64, 128, 300])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])

@@ -14,12 +14,10 @@ import embedkern as ek
 from embedkern import schema
 from embedkern.backends import latent_rows
 from embedkern.backends.triton import latent_kernels
+from embedkern.backends.triton.launcher import DEVICE, INTERPRETED
 from embedkern.schema import OPS
 
-DEVICE = "cpu" if latent_kernels.INTERPRETED else "cuda"
-DTYPES = (
-    (torch.float32, torch.float16) if latent_kernels.INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-)
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +134,7 @@ def test_operators() -> None:
     torch.library.opcheck(OPS.multi_layer_attention_backward.default, arguments, test_utils=tests)
 
 
-@pytest.mark.skipif(latent_kernels.INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(INTERPRETED, reason="no GPU")
 def test_cuda_graph() -> None:
     weights = [x.requires_grad_() for x in block(5, 8, torch.float32)]
     hidden, lengths = torch.randn(3, 9, WIDTH).requires_grad_(), torch.tensor([9, 0, 4])

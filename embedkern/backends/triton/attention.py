@@ -14,7 +14,6 @@ from . import attention_bias_kernels as bias_kernels
 from . import attention_kernels as kernels
 from . import launcher
 from .attention_tiles import Numbers, Options, View
-from .launcher import INTERPRETED as INTERPRETED
 
 
 class Tiles(NamedTuple):

@@ -6,19 +6,18 @@ each one's end among all rows, of which a launch has `rows` from `first` on. Eve
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+from . import launcher
+
 COLUMNS = 64  # 128 bytes of a row
 ROWS = 16  # at once
 PART = 256  # rows a program of d_gated_kernel has
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+WARPS, STAGES = 4, 3
 
 
 @triton.jit
@@ -85,10 +84,9 @@ def d_gated_kernel(
         tl.store(to + width, of_gate[None, :], mask=columns < width)
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    device = next(x for x in arguments if isinstance(x, Tensor)).device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, **constants, **({} if INTERPRETED else OPTIONS))
+def _launch(kernel: Any, programs: int, first: Tensor, *arguments: Any, **constants: Any) -> None:
+    with launcher.on(first.device):
+        launcher.run(kernel, programs, first, *arguments, **constants, warps=WARPS, stages=STAGES)
 
 
 def add_sums(sums: Tensor, x: Tensor, ends: Tensor, first: int, gated: bool = False) -> None:
@@ -96,7 +94,7 @@ def add_sums(sums: Tensor, x: Tensor, ends: Tensor, first: int, gated: bool = Fa
     batch, width = sums.shape
     if batch == 0 or x.shape[0] == 0:
         return
-    launch(
+    _launch(
         sums_kernel, batch * triton.cdiv(width, COLUMNS), sums, x, ends, first, x.shape[0], width, x.stride(0),
         GATED=gated, COLUMNS=COLUMNS, ROWS=ROWS
     )  # fmt: skip
@@ -108,7 +106,7 @@ def d_gated(u: Tensor, d_g: Tensor, sequences: Tensor, need_bias: bool) -> tuple
     parts = triton.cdiv(rows, PART)
     d_u = u.new_empty(u.shape)
     d_bias = d_g.new_empty(parts, 2 * width) if need_bias else None
-    launch(
+    _launch(
         d_gated_kernel, parts * triton.cdiv(width, COLUMNS), d_u, d_bias, u, d_g, sequences, rows, width,
         COLUMNS=COLUMNS, ROWS=ROWS, PART=PART
     )  # fmt: skip
