@@ -96,7 +96,8 @@ def test_what_rows_do_not_see_is_harmless() -> None:
     bias = torch.zeros(6, 6)
     bias[:, 5] = -INF
     mask = torch.arange(6) != 5
-    for options in ({"causal": True}, {"bias": bias}, {"mask": mask}, {"window": (1, 0)}):
+    capped = {"mask": mask, "softcap": 2.0}
+    for options in ({"causal": True}, {"bias": bias}, {"mask": mask}, capped, {"window": (1, 0)}):
         hidden_from = slice(0, 5) if "causal" in options or "window" in options else slice(0, 6)
         clean = [x.clone().requires_grad_() for x in (q, k, v)]
         wanted = ek.attention(*clean, **options)[:, :, hidden_from]  # type: ignore[arg-type]

@@ -135,7 +135,10 @@ inline void adjust_backward(const AttentionParams& p, Row row, int64_t m, const 
       }
       *row.in<float>(p.d_temperature) = -(sum_lanes(total) + top[i] * d_lse[i] * inverse[i]) * inverse[i];
     }
-    for (int64_t j = 0; p.softcap > 0 && j < n; j += W) store(d + j, load(d + j) * load(cap_slope + i * ld + j));
+    for (int64_t j = 0; p.softcap > 0 && j < n; j += W) {
+      const Vec d_capped = load(d + j);  // 0 · NaN where it is hidden
+      store(d + j, select(d_capped == 0.0f, Vec{}, d_capped * load(cap_slope + i * ld + j)));
+    }
   }
 }
 

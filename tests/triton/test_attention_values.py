@@ -243,7 +243,7 @@ def test_hidden_content_is_harmless(len_k: int) -> None:
     for options, hidden in (
         ({"key_lengths": torch.tensor([7, 0], device=DEVICE)}, keys >= 7),
         ({"key_mask": mask.expand(2, len_k)}, ~mask),
-        ({"mask": mask}, ~mask),
+        ({"mask": mask, "softcap": 2.0}, ~mask),
         ({"bias": bias, "scale": torch.tensor(0.2, device=DEVICE)}, ~mask),
         ({"window": (len_k, -12)}, keys > len_k - 9),
     ):

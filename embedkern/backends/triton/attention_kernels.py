@@ -250,7 +250,7 @@ def _key_tile(
         du = tl.where(visible, du, 0.0)
     dz = du
     if n.softcap is not None:
-        dz = du * slope
+        dz = tl.where(visible, du * slope, 0.0)  # a hidden key's slope may be NaN
     if WHOLE:
         of_tau, of_scale = _row_sums(du, dz, u, products, AXIS)
         _store_factors(d_temperature, d_scale, d_lse, number, keep_q, of_tau, of_scale, top, tau)
@@ -391,7 +391,7 @@ def query_tile(
     du = tl.where(visible, p * dp, 0.0)
     dz = du
     if n.softcap is not None:
-        dz = du * slope
+        dz = tl.where(visible, du * slope, 0.0)  # a hidden key's slope may be NaN
     return du, dz, u, products
 
 
