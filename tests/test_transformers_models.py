@@ -185,7 +185,9 @@ def test_no_mask_or_bias_is_formed(name, options, unpad, monkeypatch):
         assert {key: tuple(call[key].shape) if key == "relative_bias" else call.get(key) for key in wanted} == wanted
 
 
-@pytest.mark.parametrize("name", ["NomicBertModel", "ModernBertModel", "T5EncoderModel", "MPNetModel", "LlamaModel"])
+@pytest.mark.parametrize(
+    "name", ["NomicBertModel", "ModernBertModel", "T5EncoderModel", "MPNetModel", "LlamaModel", "MistralModel"]
+)
 def test_holes_in_the_mask(name):
     model = make(name)
     model.pooler = None
@@ -194,7 +196,7 @@ def test_holes_in_the_mask(name):
     real = inputs["attention_mask"].bool()
     wanted = model(**inputs).last_hidden_state
     patch(model)
-    if name == "NomicBertModel":  # its positions travel with the tokens
+    if name in ("NomicBertModel", "LlamaModel"):  # their positions travel with the tokens
         assert tokens_computed(model, inputs) == (1, 20)
     else:
         with pytest.warns(UserWarning, match="holes"):
@@ -339,15 +341,61 @@ def test_compiled_model():
     torch.testing.assert_close(compiled(**inputs).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["LlamaModel", "ModernBertModel"])
-def test_compiles_as_one_graph(name):
+WINDOWS = [
+    ("ModernBertModel", [((2, 2), None), (None, None)]),
+    ("LlamaModel", [(None, True)] * 2),
+    ("MistralModel", [((2, 0), True)] * 2),
+    ("Gemma3TextModel", [((2, 0), True), (None, True)]),
+]
+
+
+def windows(monkeypatch, name):
+    """(window, causal) of each call, or its mask's shape: what a compiled call can note."""
+    calls, original = [], getattr(interface, name)
+
+    def noted(*args, **kwargs):
+        mask = kwargs.get("mask")
+        calls.append((kwargs.get("window"), kwargs.get("causal") or None) if mask is None else tuple(mask.shape))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(interface, name, noted)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "options"), WINDOWS)
+def test_compiles_as_one_graph(name, options, monkeypatch):
     model = make(name, torch.float32)
     model.set_attn_implementation("embedkern")
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    calls = windows(monkeypatch, "attention")
     for lengths in (LENGTHS, (3, 6, 2)):
         inputs = batch(model, lengths=lengths)
         wanted = model(**inputs, use_cache=False).last_hidden_state
+        calls.clear()
         torch.testing.assert_close(compiled(**inputs, use_cache=False).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
+        assert calls == options
+
+
+@pytest.mark.parametrize(("name", "options"), WINDOWS)
+def test_compiled_packed_calls_form_no_mask(name, options, monkeypatch):
+    model = make(name, torch.float32)
+    inputs = batch(model)
+    real = inputs["attention_mask"].bool()
+    wanted = model(**inputs).last_hidden_state
+    padded, packed = windows(monkeypatch, "attention"), windows(monkeypatch, "attention_varlen")
+    compiled = torch.compile(patch(model), backend="eager", dynamic=True)
+    torch.testing.assert_close(compiled(**inputs).last_hidden_state[real], wanted[real], rtol=1e-4, atol=1e-4)
+    assert (padded, packed) == ([], options)
+
+
+def test_window_changed_after_compiling():
+    model = make("ModernBertModel", torch.float32)
+    model.set_attn_implementation("embedkern")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    inputs = batch(model)
+    for width in (4, 2):
+        model.config.local_attention = width
+        torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_peft():

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from .symbolic import read
+
 # cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k of the packed call in progress, for models that don't hand
 # keyword arguments down to their attention: their mask brings them.
 packed_call: ContextVar[tuple[Any, ...] | None] = ContextVar("packed_call", default=None)
@@ -48,7 +50,25 @@ class Pattern:
         return {"causal": False, "window": None if left == right == -1 else (left, right)}
 
 
-def make_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+class AllReal:
+    """Stands for the attention_mask (1, T) of packed tokens, of which none is padding.
+
+    With a mask transformers doesn't look for packed sequences in position_ids, which would form a T×T mask under
+    torch.compile. Before `make_mask` gets it, it reads no more of a mask than this.
+    """
+
+    ndim = 2
+
+    def __init__(self, length: int) -> None:
+        self.shape = (1, length)
+
+    def to(self, *args: Any, **kwargs: Any) -> AllReal:
+        return self
+
+
+def make_mask(
+    *, mask_function: Callable[..., Any], attention_mask: Tensor | AllReal | None = None, **kwargs: Any
+) -> Any:
     """transformers' mask interface: what `attention_forward` gets as its attention_mask.
 
     Padding alone is a key mask (B, Lk) or None; causal masks and windows are a `Pattern`; everything that isn't
@@ -56,12 +76,17 @@ def make_mask(*, mask_function: Callable[..., Any], attention_mask: Tensor | Non
     """
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask: got {attention_mask.ndim} dims, want (B, L) or a complete (B, H, Lq, Lk)")
+    if isinstance(attention_mask, AllReal):
+        attention_mask = None
 
     def form() -> Any:
         skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **{**kwargs, **skips})
 
-    band, packed = recognise(mask_function)
+    if torch.compiler.is_compiling():
+        band, packed = _recognise_traced(mask_function, kwargs), False
+    else:
+        band, packed = recognise(mask_function)
     call = None if torch.compiler.is_compiling() else packed_call.get()
     if call is not None and band is not None:
         return Pattern(None, band, packed=call)
@@ -84,8 +109,6 @@ def recognise(function: Callable[..., Any]) -> tuple[Band | None, bool]:
         return (math.inf, math.inf), False
     if function is causal_mask_function:
         return (math.inf, 0), False
-    if torch.compiler.is_compiling():  # which can't guard on code objects
-        return None, False
     maker = KNOWN.get(getattr(function, "__code__", None))
     if maker == "and_masks":
         return _intersection(_closed_over(function)["mask_functions"])
@@ -96,6 +119,16 @@ def recognise(function: Callable[..., Any]) -> tuple[Band | None, bool]:
         width = _closed_over(function)["sliding_window"]
         return ((width - 1, math.inf) if width >= 1 else None), False
     return None, False
+
+
+def _recognise_traced(function: Callable[..., Any], kwargs: dict[str, Any]) -> Band | None:
+    """Functions of tensors can't be called with symbols: a caller's own and packed sequences', which forbid skipping,
+    and chunks', whose local_size is no window."""
+    plain = function is bidirectional_mask_function or function is causal_mask_function
+    window = getattr(kwargs.get("config"), "sliding_window", None)
+    windowed = window is not None and window == kwargs.get("local_size")
+    skip = kwargs.get("allow_is_bidirectional_skip", kwargs.get("allow_is_causal_skip", True))
+    return read(function) if plain or (windowed and skip) else None
 
 
 def _closed_over(function: Any) -> dict[str, Any]:

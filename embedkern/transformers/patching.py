@@ -110,8 +110,11 @@ class Patch:
     @property
     def active(self) -> bool:
         # The implementation may have been changed under the patch: cu_seq_lens_q would mean nothing to eager or sdpa.
-        return vars(self.encoder).get("_embedkern_patch") is self and all(
-            config._attn_implementation == NAME for config, _ in self.configs
+        return (
+            vars(self.encoder).get("_embedkern_patch") is self
+            # Dynamo takes a config's integers, windows among them, for constants if it meets it in a module first.
+            and self.encoder.config._attn_implementation == NAME
+            and all(config._attn_implementation == NAME for config, _ in self.configs)
         )
 
     @property
@@ -122,9 +125,8 @@ class Patch:
 
     @property
     def by_distance(self) -> bool:
-        """Whether attention counts distances between indices, or may, as decoders, cut where position_ids jump."""
-        sliding = getattr(self.encoder.config, "sliding_window", None) is not None
-        return self.family.relative or self.family.decoder or sliding
+        """Whether attention counts distances between indices."""
+        return self.family.relative or getattr(self.encoder.config, "sliding_window", None) is not None
 
 
 def patch(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .families import FIRST
-from .masks import Pattern, packed_call
+from .masks import AllReal, Pattern, packed_call
 
 if TYPE_CHECKING:
     from .patching import Patch
@@ -68,7 +68,7 @@ class Forward:
         if batch is None:
             return self.run(forward, kwargs)
         return_dict = kwargs.get("return_dict")
-        packed = {**kwargs, **batch.inputs, "attention_mask": self.mask(), "return_dict": True}
+        packed = {**kwargs, **batch.inputs, "attention_mask": self.mask(len(batch.indices)), "return_dict": True}
         if self.patch.family.decoder:
             packed["use_cache"] = False  # its keys would be packed
         out = self.run(forward, packed)
@@ -85,11 +85,13 @@ class Forward:
             return_dict = getattr(encoder.config, "return_dict", True)
         return out if return_dict else out.to_tuple()
 
-    def mask(self) -> Any:
-        """A packed call's attention_mask: none, but for Gemma 3 made bidirectional by a mask function of its own."""
+    def mask(self, tokens: int) -> Any:
+        """A packed call's attention_mask. Gemma 3 is made bidirectional by a mask function of its own."""
         config = self.patch.encoder.config
-        if not (self.patch.family.decoder and getattr(config, "use_bidirectional_attention", False)):
+        if not self.patch.family.decoder:
             return None
+        if not getattr(config, "use_bidirectional_attention", False):
+            return AllReal(tokens)
         reach = config.sliding_window - 1
         return {"full_attention": None, "sliding_attention": Pattern(None, (reach, reach))}
 
@@ -115,8 +117,6 @@ class Forward:
         unknown = {name for name, x in kwargs.items() if x is not None}.difference(PASSED, PACKED, ("attention_mask",))
         if self.patch.family.decoder and kwargs.get("use_cache"):
             unknown.add("use_cache")
-        if self.patch.family.decoder and torch.compiler.is_compiling() and kwargs.get("position_ids") is not None:
-            unknown.add("position_ids")  # masks made from them then, which cut where they jump
         if unknown:
             warnings.warn(f"embedkern: a call with {', '.join(sorted(unknown))} runs padded", stacklevel=3)
             return None
