@@ -29,9 +29,9 @@ Side begin_side(const InfoNCEParams& p, int64_t kind, int64_t group, float* tran
   a.count = least(G, p.panel_end - a.first);
   a.width = round_up(a.count, W);
   a.unit = p.columns[1 - kind].unit + a.first * p.stride;
-  for (int64_t c = 0; c < p.dim; c++) {
-    for (int64_t i = 0; i < G; i++) transposed[c * G + i] = i < a.count ? a.unit[i * p.stride + c] : 0;
-  }
+  const float* rows[G] = {};
+  for (int64_t i = 0; i < a.count; i++) rows[i] = a.unit + i * p.stride;
+  transpose_rows(rows, p.dim, transposed);
   for (int64_t i = 0; i < a.count; i++) a.rate[i] = p.rate[a.first + i];
   return a;
 }
