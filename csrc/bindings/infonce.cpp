@@ -169,9 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     return result;
   };
   const bool from_documents = doc_to_query || doc_to_doc, to_queries = query_to_query || doc_to_query;
-  p.hooks = query_labels || guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
-  p.mutual = doc_to_query && !p.hooks && !targets && !positives && !negatives && !p.levels && p.n > 0 && offset == 0 &&
-             p.n == of_queries.count;
+  const bool asymmetric = guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
+  p.hooks = query_labels || asymmetric;
+  p.mutual = doc_to_query && !asymmetric && !p.same_positive && !targets && !positives && !negatives && !p.levels &&
+             p.n > 0 && offset == 0 && p.n == of_queries.count;
   Tensor loss = wanted(true, p.loss, {p.n});
   Tensor row_metrics = wanted(metrics, p.metrics, {p.n, 4});
   Tensor queries_gradient = wanted(d_queries, p.d_queries, {p.n, p.dim});
