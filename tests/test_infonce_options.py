@@ -187,15 +187,17 @@ def test_nothing_is_nan(variant: str, backend: str) -> None:
         assert (x == 0).all(), name
 
 
-@pytest.mark.parametrize("kernel", ["rows", "prefixes", "both ways"])
+@pytest.mark.parametrize("kernel", ["rows", "prefixes", "both ways", "few rows"])
 def test_frozen_documents_and_thread_counts(kernel: str) -> None:
-    """The same bits, with every option at once, with prefixes that share their products, and with both ways at once."""
+    """The same bits by each kernel, the first with every option at once."""
     case = next(case for case in pairwise() if case["rows"] == 513 and len(case["directions"][0]) > 1)
     case = {**case, "dim": 33, "dtype": torch.float32, "guide": ("absolute", 0.0), "negatives": 1, "matryoshka": True}
     tensors, options = build({**case, "temperature": "rows"})
     if kernel != "rows":
         tensors = {name: torch.randn(900, 40) for name in ("queries", "documents")}
-        options = {"matryoshka_dims": (40, 16)} if kernel == "prefixes" else {"directions": ALL}
+        options = {"prefixes": {"matryoshka_dims": (40, 16)}, "both ways": {"directions": ALL}}.get(kernel, {})
+    if kernel == "few rows":
+        tensors = {"queries": torch.randn(60, 40), "documents": torch.randn(9000, 40)}
     threads, runs = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):

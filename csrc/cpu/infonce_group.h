@@ -33,15 +33,15 @@ EK_INLINE void fetch(const float* row, int64_t n) {
   for (int64_t c = 0; c < n; c += 16) __builtin_prefetch(row + c, 0, 2);
 }
 
-// The next rows of a matrix, fetched evenly between a product's tiles.
+// The first `width` numbers of some rows of a matrix, fetched evenly between a product's tiles.
 struct Ahead {
   const float* row;
-  int64_t stride, left, pace;
+  int64_t stride, width, left, pace;
 
-  Ahead(const float* first, int64_t row_stride, int64_t rows, int64_t tiles)
-      : row(first), stride(row_stride), left(rows), pace((rows + tiles - 1) / tiles) {}
+  Ahead(const float* first, int64_t row_stride, int64_t of_row, int64_t rows, int64_t tiles)
+      : row(first), stride(row_stride), width(of_row), left(rows), pace((rows + tiles - 1) / tiles) {}
   EK_INLINE void step() {
-    for (int64_t i = 0; i < pace && left > 0; i++, left--, row += stride) fetch(row, stride);
+    for (int64_t i = 0; i < pace && left > 0; i++, left--, row += stride) fetch(row, width);
   }
 };
 

@@ -75,14 +75,6 @@ void similarities(const InfoNCEParams& p, const InfoNCEColumns& columns, const S
   }
 }
 
-// Two sums Σ exp(z - max), with their moments, become one.
-EK_INLINE void merge(Vec& max, Vec& rest, Vec& moment, Vec other_max, Vec other_rest, Vec other_moment) {
-  const Vec now = larger(other_max, max), by = exp(max - now), other = exp(other_max - now);
-  moment = by * (moment + (max - now) * rest) + other * (other_moment + (other_max - now) * other_rest);
-  rest = by * rest + other * other_rest;
-  max = now;
-}
-
 // Each row's 1 / τ and positive; its sums are empty.
 void mutual_begin(const InfoNCEParams& p, int64_t block) {
   for (int64_t i = block * block_size; i < least((block + 1) * block_size, p.n); i++) {
@@ -104,11 +96,7 @@ void sum_rows(const Side& a, int64_t n, const float* tile, Part& s) {
     Vec max = old, rest{}, moment{};
     for (int64_t j = 0; j < n; j++) max = larger(rate * load(tile + j * G + v), max);
     for (int64_t j = 0; j < n; j++) take(rate * load(tile + j * G + v), max, rest, moment);
-    Vec of_rest = load(s.rest + v), of_moment = load(s.moment + v);
-    const Vec by = exp(old - max);
-    store(s.moment + v, by * (of_moment + (old - max) * of_rest) + moment);
-    store(s.rest + v, by * of_rest + rest);
-    store(s.max + v, max);
+    add_sums(s, v, old, max, rest, moment);
   }
 }
 
