@@ -139,6 +139,9 @@ struct InfoNCEPass {
 enum InfoNCEHardness : int64_t { no_hardness, in_batch_negatives, hard_negatives, all_negatives };
 
 constexpr int64_t infonce_levels = 8;  // prefixes that one call takes
+// Of a group of rows: csrc/cpu/infonce.h
+struct InfoNCELevels;
+struct InfoNCEStretch;
 
 // loss[i] = log Σ_j exp z_ij - z_i,targets[i], z_ij = sim(q_i, d_j) / τ_i + constants, and the gradients of
 // Σ_i d_loss[i] · loss[i]. Rows are taken panel by panel: between `rows` and `columns` stand a panel's exponentials.
@@ -169,9 +172,9 @@ struct InfoNCEParams {
   int64_t levels;
   int64_t level_end[infonce_levels];  // ascending, whole vectors but for the last, dim
   float level_weight[infonce_levels];
-  float* ratio;        // (levels, m): what makes a document's unit vector's prefix one
-  float* column_z_dz;  // (levels, m): Σ_i dz_ij z_ij
-  float* tile_z_dz;    // (groups, levels, m), of a panel
+  float* ratio;              // (levels, m): what makes a document's unit vector's prefix one
+  float* column_z_dz;        // (levels, m): Σ_i dz_ij z_ij
+  InfoNCELevels* of_levels;  // (groups)
   // Every pair of vectors at once for both directions: row i is query i and document i; of kinds, queries and these.
   bool mutual;
   float* rate;             // (n): 1 / τ
@@ -205,6 +208,10 @@ struct InfoNCEParams {
   float* row_spread[2];     // (panel): d_loss times the target weight of each visible column
   float* row_share[2];      // (panel): the same, in addition, of each column with the row's label
   float* positive_scale;    // (panel): the derivative by the positive's z
+  // Where a task is a stretch of documents; with few rows, one of a group.
+  int64_t stretch;               // documents, whole blocks; 0: a group's task is all of them
+  float* d_query_parts;          // (stretches, panel, stride): each one's say on d_queries
+  InfoNCEStretch* of_stretches;  // (stretches, groups); null with prefixes
 };
 
 }  // namespace ek

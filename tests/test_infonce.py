@@ -32,6 +32,16 @@ def test_several_panels(variant: str) -> None:
     check({"queries": torch.randn(50, 1100), "documents": torch.randn(60, 1100)}, {"temperature": 0.1})
 
 
+def test_few_queries_and_many_documents(variant: str) -> None:
+    """Stretches of documents: with what a row's end adds, and with what hides."""
+    tensors = {"queries": torch.randn(60, 20), "documents": torch.randn(9000, 20), "negatives": torch.randn(60, 2, 20),
+               "targets": torch.randint(9000, (60,)), "temperature": torch.rand(60) * 0.2 + 0.05}  # fmt: skip
+    check(tensors, {})
+    tensors |= {"query_labels": torch.arange(60), "document_labels": torch.arange(9000) // 3,
+                "positives": torch.randn(60, 20), "negative_weights": torch.rand(9000)}  # fmt: skip
+    check(tensors, {"reduction": "none"}, ("documents",))
+
+
 # Corners
 
 
@@ -255,14 +265,15 @@ def test_metrics(variant: str, same_label: str | None) -> None:
     torch.testing.assert_close(d_q, torch.autograd.grad(ek.info_nce(q, d, **options), q)[0])
 
 
-def test_metrics_by_hand() -> None:
-    q, d = torch.randn(30, 4), torch.randn(40, 4)
+@pytest.mark.parametrize("columns", [40, 4200])
+def test_metrics_by_hand(columns: int) -> None:
+    q, d = torch.randn(30, 4), torch.randn(columns, 4)
     q += 2 * d[:30]
     _, metrics = ek.info_nce(q, d, return_metrics=True)
     s = torch.nn.functional.cosine_similarity(q[:, None], d[None], dim=-1)
     torch.testing.assert_close(metrics["accuracy"], (s.argmax(1) == torch.arange(30)).float().mean())
     torch.testing.assert_close(metrics["positive_similarity"], s.diagonal().mean())
-    torch.testing.assert_close(metrics["negative_similarity"], s[torch.eye(30, 40) == 0].mean())
+    torch.testing.assert_close(metrics["negative_similarity"], s[torch.eye(30, columns) == 0].mean())
 
 
 def test_small_losses_keep_their_digits(variant: str) -> None:

@@ -140,14 +140,24 @@ def test_prefixes_in_one_pass(variant: str, similarity: str, rows: int, columns:
     check(tensors, options, ("queries", "temperature"))
 
 
+def test_prefixes_far_apart(variant: str) -> None:
+    """Logits hundreds apart: the maximum jumps within a block."""
+    tensors = {"queries": torch.randn(60, 48), "documents": torch.randn(300, 48), "temperature": torch.tensor(2e-3)}
+    check(tensors, {"matryoshka_dims": (48, 16)})
+
+
+@pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("extra", [(), ("query_to_query",), ("doc_to_doc",), ("query_to_query", "doc_to_doc"), None])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (50, 100), (420, 900)])
-def test_both_ways_at_once(variant: str, rows: int, columns: int, extra: tuple[str, ...] | None) -> None:
-    """doc_to_query without hooks: squares and beyond, documents that are nobody's positive; None: per direction."""
+def test_both_ways_at_once(variant: str, rows: int, columns: int, extra: tuple[str, ...] | None, labels: bool) -> None:
+    """doc_to_query: squares and beyond, documents that are nobody's positive, labels; None: per direction."""
     tensors = {"queries": torch.randn(rows, 37), "documents": torch.randn(columns, 37), "weights": torch.rand(rows),
                "temperature": torch.rand(rows) * 0.5 + 0.1}  # fmt: skip
     if rows == 50:  # column blocks, of another dtype
         tensors["documents"] = tensors["documents"].bfloat16()
+    if labels:
+        tensors["document_labels"] = torch.arange(columns) % (columns // 2 + 1)
+        tensors["query_labels"] = torch.arange(rows) % (rows // 2 + 1)
     mode = "per_direction" if extra is None else "joint"
     options = {"directions": ("query_to_doc", "doc_to_query", *(extra or ())), "partition_mode": mode}
     check(tensors, options)
@@ -177,15 +187,17 @@ def test_nothing_is_nan(variant: str, backend: str) -> None:
         assert (x == 0).all(), name
 
 
-@pytest.mark.parametrize("kernel", ["rows", "prefixes", "both ways"])
+@pytest.mark.parametrize("kernel", ["rows", "prefixes", "both ways", "few rows"])
 def test_frozen_documents_and_thread_counts(kernel: str) -> None:
-    """The same bits, with every option at once, with prefixes that share their products, and with both ways at once."""
+    """The same bits by each kernel, the first with every option at once."""
     case = next(case for case in pairwise() if case["rows"] == 513 and len(case["directions"][0]) > 1)
     case = {**case, "dim": 33, "dtype": torch.float32, "guide": ("absolute", 0.0), "negatives": 1, "matryoshka": True}
     tensors, options = build({**case, "temperature": "rows"})
     if kernel != "rows":
         tensors = {name: torch.randn(900, 40) for name in ("queries", "documents")}
-        options = {"matryoshka_dims": (40, 16)} if kernel == "prefixes" else {"directions": ALL}
+        options = {"prefixes": {"matryoshka_dims": (40, 16)}, "both ways": {"directions": ALL}}.get(kernel, {})
+    if kernel == "few rows":
+        tensors = {"queries": torch.randn(60, 40), "documents": torch.randn(9000, 40)}
     threads, runs = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):

@@ -32,6 +32,15 @@ int64_t panel_rows(int64_t columns, int64_t stride, bool prefixes) {
   return (prefixes ? threads : groups / threads * threads) * ek::infonce_rows;
 }
 
+// How many documents a task takes with a group of rows; 0: all. Prefixes' are cut in up to 32: more would cost more
+// sums of d_queries, fewer leave threads idle. Beside few rows, 4096 make the sums cheap.
+int64_t stretch_of(const InfoNCEParams& p) {
+  const int64_t blocks = blocks_of(p.columns[0].count, ek::infonce_block);
+  if (p.levels) return blocks_of(blocks, 32) * ek::infonce_block;
+  const bool few_rows = p.n <= 16 * ek::infonce_rows && p.columns[0].count > 4096;
+  return few_rows && p.passes == 1 && p.label_smoothing == 0 && !p.same_positive && !p.mutual ? 4096 : 0;
+}
+
 std::vector<int64_t> checked_targets(const OptionalTensor& targets, int64_t n, int64_t m) {
   std::vector<int64_t> values(size_t(n), 0);
   for (int64_t i = 0; i < n; i++) values[size_t(i)] = i;
@@ -169,9 +178,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     return result;
   };
   const bool from_documents = doc_to_query || doc_to_doc, to_queries = query_to_query || doc_to_query;
-  p.hooks = query_labels || guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
-  p.mutual = doc_to_query && !p.hooks && !targets && !positives && !negatives && !p.levels && p.n > 0 && offset == 0 &&
-             p.n == of_queries.count;
+  const bool asymmetric = guide_queries || document_weights || hardness != 0 || label_smoothing != 0 || metrics;
+  p.hooks = query_labels || asymmetric;
+  p.mutual = doc_to_query && !asymmetric && !p.same_positive && !targets && !positives && !negatives && !p.levels &&
+             p.n > 0 && offset == 0 && p.n == of_queries.count;
   Tensor loss = wanted(true, p.loss, {p.n});
   Tensor row_metrics = wanted(metrics, p.metrics, {p.n, 4});
   Tensor queries_gradient = wanted(d_queries, p.d_queries, {p.n, p.dim});
@@ -206,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   if (doc_to_query && !p.mutual) add_pass(1, 1, int32_t(p.parts - 1), p.parts > 1, q, of_query);
   if (doc_to_doc) add_pass(1, 0, 0, true, period, of_blocks);
   const bool by_product = document_weights || negative_weights || hardness != 0;  // how τ's gradient is summed
-  p.sum_anchors[0] = d_queries || (d_temperature && by_product);
+  p.sum_anchors[0] = (d_queries && !p.levels) || (d_temperature && by_product);
   p.sum_anchors[1] = from_documents && (p.d_anchors || p.d_positives || (d_temperature && by_product));
 
   int64_t columns = 0, all_columns = 0;  // with gradients; of all passes
@@ -243,14 +253,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
     const InfoNCEColumns& set = p.columns[pass.columns];
     if (p.levels) {
       keep(true, p.ratio, {p.levels, set.count});
-      keep(p.d_loss, p.column_z_dz, {p.levels, set.count});
-      keep(p.d_loss, p.tile_z_dz, {groups, p.levels, set.count});
-      keep(p.d_loss, pass.exponentials, {groups, p.levels, set.count, ek::infonce_rows});
+      keep(d_documents || d_queries, p.column_z_dz, {p.levels, set.count});
+      float* of_levels = nullptr;
+      keep(true, of_levels, {groups, int64_t(sizeof(ek::InfoNCELevels) / sizeof(float))});
+      p.of_levels = reinterpret_cast<ek::InfoNCELevels*>(of_levels);
+      keep(d_documents || d_queries, pass.exponentials, {groups, p.levels, set.count, ek::infonce_rows});
       continue;
     }
     keep(set.gradient, pass.exponentials, {groups, set.count, ek::infonce_rows});
     keep(set.gradient && !p.mutual, pass.block_max,
          {groups, blocks_of(set.count, ek::infonce_block), ek::infonce_rows});
+  }
+  p.stretch = stretch_of(p);
+  const int64_t stretches = p.stretch ? blocks_of(of_documents.count, p.stretch) : 0;
+  keep(p.stretch && (p.levels ? d_queries : p.sum_anchors[0]), p.d_query_parts, {stretches, panel, p.stride});
+  if (!p.levels) {
+    float* of_stretches = nullptr;
+    keep(true, of_stretches, {stretches, groups, int64_t(sizeof(ek::InfoNCEStretch) / sizeof(float))});
+    p.of_stretches = reinterpret_cast<ek::InfoNCEStretch*>(of_stretches);
   }
   for (int64_t kind = 0; kind < p.anchors; kind++) {
     keep(true, p.unit_anchors[kind], {panel, p.stride});
@@ -309,13 +329,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> info_
   for (p.panel_begin = 0; !p.mutual && p.panel_begin < p.n; p.panel_begin = p.panel_end) {
     p.panel_end = std::min(p.panel_begin + panel, p.n);
     const int64_t in_panel = p.panel_end - p.panel_begin, work = in_panel * all_columns * p.dim;
-    ek::for_tasks(
-        blocks_of(in_panel, ek::infonce_rows), work, ek::infonce_scratch_floats(p),
-        [&](int64_t group, float* space) { (p.levels ? kernels.prefix_rows : kernels.rows)(p, group, space); });
-    if (p.levels && d_documents) {
-      ek::for_tasks(blocks, work, 0, [&](int64_t block, float*) { kernels.prefix_columns(p, block); });
-      continue;
+    const int64_t in_groups = blocks_of(in_panel, ek::infonce_rows), space_of_group = ek::infonce_scratch_floats(p);
+    if (p.stretch && !p.levels) {
+      ek::for_tasks(stretches * in_groups, work, space_of_group, [&](int64_t task, float* space) {
+        kernels.rows_stretch(p, task % in_groups, task / in_groups, space);
+      });
     }
+    const auto rows_kernel = p.levels ? kernels.prefix_rows : p.stretch ? kernels.rows_merge : kernels.rows;
+    ek::for_tasks(in_groups, work, space_of_group, [&](int64_t group, float* space) { rows_kernel(p, group, space); });
+    if (p.levels && (d_queries || d_documents)) {
+      const int64_t tiles = p.levels * ek::infonce_rows * ek::infonce_block;
+      ek::for_tasks(stretches, work, tiles,
+                    [&](int64_t stretch, float* space) { kernels.prefix_columns(p, stretch, space); });
+      ek::for_tasks(d_queries ? in_groups : 0, work, 0,
+                    [&](int64_t group, float*) { kernels.prefix_queries(p, group); });
+    }
+    if (p.levels) continue;
     for (int64_t set = 0; set < 2; set++) {
       if (!p.columns[set].gradient) continue;
       ek::for_tasks(blocks_of(p.columns[set].count, ek::infonce_block), work, ek::infonce_rows * ek::infonce_block,

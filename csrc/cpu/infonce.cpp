@@ -182,52 +182,112 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
   }
 }
 
-void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
-  Group g;
-  Space space;
+void begin_rows(const InfoNCEParams& p, int64_t group, float* scratch, Group& g, Space& space) {
   begin_group(p, group, scratch, g, space);
-  float *z_negatives = space.z_negatives, *row = space.row;
   for (int64_t i = 0; i < G; i++) {
     float norm = 1;
     g.positive[i] =
-        i < g.count ? dot(g.anchors[0].unit + i * p.stride, positive_of(p, g.first + i, row, &norm), p.dim) : 0;
+        i < g.count ? dot(g.anchors[0].unit + i * p.stride, positive_of(p, g.first + i, space.row, &norm), p.dim) : 0;
   }
   for (int64_t part = 0; part < p.parts; part++) begin_part(g, part, g.positive);
+}
 
-  for (int64_t number = 0; number < p.passes; number++) {
-    const InfoNCEPass& pass = p.pass[number];
-    const InfoNCEColumns& columns = p.columns[pass.columns];
-    const int64_t blocks = (columns.count + block_size - 1) / block_size;
-    const Anchors& a = g.anchors[pass.anchors];
-    for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = block * block_size, n = least(block_size, columns.count - first);
-      float* z = pass.exponentials ? pass.exponentials + (group * columns.count + first) * G : space.tile;
-      logits(p, number, g, first, n, z, space.guide_tile);
-      if (p.label_smoothing != 0) {
-        exponentials<true>(p, g, pass.part, n, z);
-      } else {
-        exponentials<false>(p, g, pass.part, n, z);
-      }
-      if (p.sum_anchors[pass.anchors] && p.paired) {
-        pair_scores(z, n, g.width, G, columns.factor + first, space.pairs);
-        gemm(true, g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
-             as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
-      } else if (p.sum_anchors[pass.anchors]) {
-        const float* unit = columns.unit + first * p.stride;
-        Ahead next(unit + n * p.stride, p.stride, least(block_size, columns.count - first - n),
-                   gemm_tiles(g.count, p.padded_dim));
-        gemm(true, g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
-      }
-      for (int64_t i = 0; pass.exponentials && i < G; i++) {
-        pass.block_max[(group * blocks + block) * G + i] = g.part[pass.part].max[i];
-      }
+// A pass over some whole blocks of its columns: into its softmax's sums and the anchors' d.
+void take_columns(const InfoNCEParams& p, int64_t number, int64_t group, int64_t begin, int64_t end, Group& g,
+                  const Space& space) {
+  const InfoNCEPass& pass = p.pass[number];
+  const InfoNCEColumns& columns = p.columns[pass.columns];
+  const int64_t blocks = (columns.count + block_size - 1) / block_size;
+  const Anchors& a = g.anchors[pass.anchors];
+  for (int64_t first = begin; first < end; first += block_size) {
+    const int64_t n = least(block_size, end - first);
+    float* z = pass.exponentials ? pass.exponentials + (group * columns.count + first) * G : space.tile;
+    logits(p, number, g, first, n, z, space.guide_tile);
+    if (p.label_smoothing != 0) {
+      exponentials<true>(p, g, pass.part, n, z);
+    } else {
+      exponentials<false>(p, g, pass.part, n, z);
+    }
+    if (p.sum_anchors[pass.anchors] && p.paired) {
+      pair_scores(z, n, g.width, G, columns.factor + first, space.pairs);
+      gemm(true, g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G,
+           as_pairs(columns.pairs) + first / 2 * p.padded_dim, p.padded_dim, a.d, p.stride);
+    } else if (p.sum_anchors[pass.anchors]) {
+      const float* unit = columns.unit + first * p.stride;
+      Ahead next(unit + n * p.stride, p.stride, p.stride, least(block_size, columns.count - first - n),
+                 gemm_tiles(g.count, p.padded_dim));
+      gemm(true, g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
+    }
+    for (int64_t i = 0; pass.exponentials && i < G; i++) {
+      pass.block_max[(group * blocks + first / block_size) * G + i] = g.part[pass.part].max[i];
     }
   }
+}
+
+// What the rows' own negatives add, and the end.
+void finish_rows(const InfoNCEParams& p, Group& g, const Space& space) {
   if (p.k) {
-    negative_logits(p, g, z_negatives, row);
-    exponentials<false>(p, g, 0, p.k, z_negatives);
+    negative_logits(p, g, space.z_negatives, space.row);
+    exponentials<false>(p, g, 0, p.k, space.z_negatives);
   }
-  for (int64_t i = 0; i < g.count; i++) finish_row(p, g, i, z_negatives, row, space.d_row);
+  for (int64_t i = 0; i < g.count; i++) finish_row(p, g, i, space.z_negatives, space.row, space.d_row);
+}
+
+void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
+  Group g;
+  Space space;
+  begin_rows(p, group, scratch, g, space);
+  for (int64_t number = 0; number < p.passes; number++) {
+    take_columns(p, number, group, 0, p.columns[p.pass[number].columns].count, g, space);
+  }
+  finish_rows(p, g, space);
+}
+
+// A stretch of documents of the only pass, for few rows: its sums and d wait for the others.
+void rows_stretch(const InfoNCEParams& p, int64_t group, int64_t stretch, float* scratch) {
+  Group g;
+  Space space;
+  begin_rows(p, group, scratch, g, space);
+  const int64_t panel = p.panel_end - p.panel_begin, begin = stretch * p.stretch;
+  float* const d = p.d_query_parts + (stretch * panel + group * G) * p.stride;
+  if (p.sum_anchors[0]) {
+    g.anchors[0].d = d;
+    for (int64_t c = 0; c < g.count * p.stride; c++) d[c] = 0;
+  }
+  take_columns(p, 0, group, begin, least(begin + p.stretch, p.columns[0].count), g, space);
+  InfoNCEStretch& to = p.of_stretches[stretch * ((panel + G - 1) / G) + group];
+  for (int64_t i = 0; i < G; i++) {
+    to.max[i] = g.part[0].max[i], to.rest[i] = g.part[0].rest[i], to.moment[i] = g.part[0].moment[i];
+    to.best[i] = g.best[i], to.negative_sum[i] = g.negative_sum[i], to.negative_count[i] = g.negative_count[i];
+  }
+}
+
+void rows_merge(const InfoNCEParams& p, int64_t group, float* scratch) {
+  Group g;
+  Space space;
+  begin_rows(p, group, scratch, g, space);
+  const int64_t panel = p.panel_end - p.panel_begin;
+  Part& s = g.part[0];
+  for (int64_t stretch = 0; stretch * p.stretch < p.columns[0].count; stretch++) {
+    const InfoNCEStretch& from = p.of_stretches[stretch * ((panel + G - 1) / G) + group];
+    float old[G], now[G];
+    for (int64_t i = 0; i < G; i++) old[i] = s.max[i];
+    for (int64_t v = 0; v < G; v += W) {
+      Vec max = load(s.max + v), rest = load(s.rest + v), moment = load(s.moment + v);
+      merge(max, rest, moment, load(from.max + v), load(from.rest + v), load(from.moment + v));
+      store(s.max + v, max), store(s.rest + v, rest), store(s.moment + v, moment);
+      store(g.best + v, larger(load(from.best + v), load(g.best + v)));
+      store(g.negative_sum + v, load(g.negative_sum + v) + load(from.negative_sum + v));
+      store(g.negative_count + v, load(g.negative_count + v) + load(from.negative_count + v));
+      store(old + v, exp(load(old + v) - max)), store(now + v, exp(load(from.max + v) - max));
+    }
+    for (int64_t i = 0; p.sum_anchors[0] && i < g.count; i++) {
+      float* d = g.anchors[0].d + i * p.stride;
+      scale(d, old[i], p.padded_dim);
+      add(d, now[i], p.d_query_parts + (stretch * panel + group * G + i) * p.stride, p.padded_dim);
+    }
+  }
+  finish_rows(p, g, space);
 }
 
 // dz (n, G) of a group's rows by n columns of a pass, from their exponentials; in Pairs' products times the rows'
@@ -319,9 +379,9 @@ void add_anchors(const InfoNCEParams& p) {
 }  // namespace
 
 extern const InfoNCEKernels infonce;  // without this line a const is private to the file
-const InfoNCEKernels infonce = {normalise,        column_sum,    guide,         rows,           columns,
-                                add_anchors,      prefix_ratios, prefix_rows,   prefix_columns, mutual_begin,
-                                mutual_sums,      mutual_merge,  mutual_finish, mutual_rows,    mutual_columns,
-                                mutual_gradients, has_pairs};
+const InfoNCEKernels infonce = {
+    normalise,    column_sum,    guide,       rows,           rows_stretch,     rows_merge,   columns,
+    add_anchors,  prefix_ratios, prefix_rows, prefix_columns, prefix_queries,   mutual_begin, mutual_sums,
+    mutual_merge, mutual_finish, mutual_rows, mutual_columns, mutual_gradients, has_pairs};
 
 }  // namespace ek::EK_VARIANT

@@ -13,6 +13,20 @@ constexpr int64_t infonce_block = 128;
 // … would all fall into the same few sets of the cache.
 constexpr int64_t infonce_stride(int64_t dim) { return ((dim + 15) / 16 | 1) * 16; }
 
+// Of a group with prefixes: ratios, the positives' z, and what makes an exponential dz.
+struct InfoNCELevels {
+  float ratio[infonce_levels][infonce_rows], positive[infonce_levels][infonce_rows];
+  float max[infonce_levels][infonce_rows], least[infonce_levels][infonce_rows];  // least: its exponential is 0
+  float scale[infonce_levels][infonce_rows], dz_positive[infonce_levels][infonce_rows];
+  float z_dz[infonce_levels][infonce_rows], norm[infonce_rows];
+};
+
+// What a stretch of documents comes to for a group of few rows.
+struct InfoNCEStretch {
+  float max[infonce_rows], rest[infonce_rows], moment[infonce_rows];
+  float best[infonce_rows], negative_sum[infonce_rows], negative_count[infonce_rows];
+};
+
 // One task's of `rows`: what grows with the anchors, the sums that smoothing and several positives need, the rest.
 constexpr int64_t infonce_scratch_floats(const InfoNCEParams& p) {
   const int64_t sums = p.label_smoothing != 0 || p.same_positive ? 2 : 0;
@@ -28,13 +42,18 @@ struct InfoNCEKernels {
   void (*guide)(const InfoNCEParams&, const InfoNCEVectors&, int64_t begin, int64_t end, float* unit);
   void (*rows)(const InfoNCEParams&, int64_t group, float* scratch);  // the losses of a group of infonce_rows rows,
                                                                       // and every gradient but the columns'
+  // The same for few rows: each stretch of documents, and then a group's end.
+  void (*rows_stretch)(const InfoNCEParams&, int64_t group, int64_t stretch, float* scratch);
+  void (*rows_merge)(const InfoNCEParams&, int64_t group, float* scratch);
   void (*columns)(const InfoNCEParams&, int64_t set, int64_t block, float* scratch);  // what the panel adds to theirs;
                                                                                       // infonce_rows · infonce_block
   void (*add_anchors)(const InfoNCEParams&);  // d_anchors -> the documents' gradient
-  // The same with prefixes, for query_to_doc: documents -> ratio; rows; columns.
+  // The same with prefixes, for query_to_doc: documents -> ratio; panel by panel the losses of groups, stretches of
+  // documents (infonce_levels · infonce_rows · infonce_block), and then groups' d_queries.
   void (*prefix_ratios)(const InfoNCEParams&, int64_t block);
   void (*prefix_rows)(const InfoNCEParams&, int64_t group, float* scratch);
-  void (*prefix_columns)(const InfoNCEParams&, int64_t block);
+  void (*prefix_columns)(const InfoNCEParams&, int64_t stretch, float* scratch);
+  void (*prefix_queries)(const InfoNCEParams&, int64_t group);
   // A mutual call. For the losses: of a block of rows; panel by panel of each kind, groups and then columns; rows.
   void (*mutual_begin)(const InfoNCEParams&, int64_t block);
   void (*mutual_sums)(const InfoNCEParams&, int64_t kind, int64_t group, float* scratch);

@@ -33,15 +33,15 @@ EK_INLINE void fetch(const float* row, int64_t n) {
   for (int64_t c = 0; c < n; c += 16) __builtin_prefetch(row + c, 0, 2);
 }
 
-// The next rows of a matrix, fetched evenly between a product's tiles.
+// The first `width` numbers of some rows of a matrix, fetched evenly between a product's tiles.
 struct Ahead {
   const float* row;
-  int64_t stride, left, pace;
+  int64_t stride, width, left, pace;
 
-  Ahead(const float* first, int64_t row_stride, int64_t rows, int64_t tiles)
-      : row(first), stride(row_stride), left(rows), pace((rows + tiles - 1) / tiles) {}
+  Ahead(const float* first, int64_t row_stride, int64_t of_row, int64_t rows, int64_t tiles)
+      : row(first), stride(row_stride), width(of_row), left(rows), pace((rows + tiles - 1) / tiles) {}
   EK_INLINE void step() {
-    for (int64_t i = 0; i < pace && left > 0; i++, left--, row += stride) fetch(row, stride);
+    for (int64_t i = 0; i < pace && left > 0; i++, left--, row += stride) fetch(row, width);
   }
 };
 
@@ -134,6 +134,18 @@ void product(int64_t n, int64_t width, int64_t dim, const Operand* columns, int6
   }
 }
 
+// to (dim, G) = the transpose of G rows, whole vectors; null: zeros.
+void transpose_rows(const float* const* rows, int64_t dim, float* to) {
+  for (int64_t i = 0; i < G; i += W) {
+    for (int64_t c = 0; c < dim; c += W) {
+      Vec x[W];
+      for (int64_t l = 0; l < W; l++) x[l] = rows[i + l] ? load(rows[i + l] + c) : Vec{};
+      transpose(x);
+      for (int64_t l = 0; l < least(W, dim - c); l++) store(to + (c + l) * G + i, x[l]);
+    }
+  }
+}
+
 const Pair* as_pairs(const float* x) { return reinterpret_cast<const Pair*>(x); }
 
 const Bf16* bf16_row(const InfoNCEVectors& vectors, int64_t row) {
@@ -173,8 +185,10 @@ void load_pairs(const InfoNCEParams& p, Group& g, int64_t kind) {
 
 void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
   Anchors& a = g.anchors[kind];
+  const float* rows[G];
   for (int64_t i = 0; i < G; i++) {
     float* unit = a.unit + i * p.stride;
+    rows[i] = i < g.count ? unit : nullptr;
     a.norm[i] = 1;
     if (i < g.count) {
       const int64_t query = p.offset + g.first + i;
@@ -190,12 +204,15 @@ void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
       const InfoNCEColumns& like = p.columns[kind == 0];
       if (like.labels) a.labels.set(i, like.labels[kind == 0 ? query : g.target[i]]);
     }
-    for (int64_t c = 0; !p.paired && c < p.dim; c++) a.transposed[c * G + i] = i < g.count ? unit[c] : 0;
     for (int64_t c = 0; p.sum_anchors[kind] && c < p.stride; c++) a.d[i * p.stride + c] = 0;
     for (int64_t c = 0; a.hidden && c < p.stride; c++) a.hidden[i * p.stride + c] = 0;
     for (int64_t c = 0; a.same && c < p.stride; c++) a.same[i * p.stride + c] = 0;
   }
-  if (p.paired) load_pairs(p, g, kind);
+  if (p.paired) {
+    load_pairs(p, g, kind);
+  } else {
+    transpose_rows(rows, p.dim, a.transposed);
+  }
 }
 
 // The guide's vectors of the rows, and what a column's similarity may not exceed: the positive's, by the same product
@@ -203,12 +220,11 @@ void load_anchors(const InfoNCEParams& p, Group& g, int64_t kind, float* row) {
 void load_guide(const InfoNCEParams& p, Group& g) {
   for (int64_t kind = 0; kind < 2; kind++) {
     const InfoNCEColumns& like = p.columns[kind == 0];
-    float* transposed = g.anchors[kind].guide;
-    for (int64_t i = 0; kind < p.anchors && i < G; i++) {
-      const float* from =
-          like.guide + (kind == 0 ? p.offset + g.first + i : g.target[i < g.count ? i : 0]) * p.guide_stride;
-      for (int64_t c = 0; c < p.guide_dim; c++) transposed[c * G + i] = i < g.count ? from[c] : 0;
+    const float* rows[G] = {};
+    for (int64_t i = 0; i < g.count; i++) {
+      rows[i] = like.guide + (kind == 0 ? p.offset + g.first + i : g.target[i]) * p.guide_stride;
     }
+    if (kind < p.anchors) transpose_rows(rows, p.guide_dim, g.anchors[kind].guide);
   }
   for (int64_t i = 0; i < g.count; i++) {
     float of_rows[W];

@@ -22,17 +22,22 @@ struct Side {
   float* transposed;      // (dim, G)
   float rate[G], max[G];  // 1 / τ; of the row's softmax
   float scale[G];         // d_loss / τ / Σ exp(z - max)
+  Labels labels;
 };
 
 Side begin_side(const InfoNCEParams& p, int64_t kind, int64_t group, float* transposed) {
-  Side a{kind, group, p.panel_begin + group * G, 0, 0, nullptr, transposed, {}, {}, {}};
+  Side a{kind, group, p.panel_begin + group * G, 0, 0, nullptr, transposed, {}, {}, {}, {}};
   a.count = least(G, p.panel_end - a.first);
   a.width = round_up(a.count, W);
   a.unit = p.columns[1 - kind].unit + a.first * p.stride;
-  for (int64_t c = 0; c < p.dim; c++) {
-    for (int64_t i = 0; i < G; i++) transposed[c * G + i] = i < a.count ? a.unit[i * p.stride + c] : 0;
+  const float* rows[G] = {};
+  for (int64_t i = 0; i < a.count; i++) rows[i] = a.unit + i * p.stride;
+  transpose_rows(rows, p.dim, transposed);
+  const int64_t* labels = p.columns[1 - kind].labels;
+  for (int64_t i = 0; i < a.count; i++) {
+    a.rate[i] = p.rate[a.first + i];
+    if (labels) a.labels.set(i, labels[a.first + i]);
   }
-  for (int64_t i = 0; i < a.count; i++) a.rate[i] = p.rate[a.first + i];
   return a;
 }
 
@@ -58,12 +63,16 @@ EK_INLINE void for_own(const InfoNCEPass& pass, const Side& a, int64_t first, in
   }
 }
 
-// Two sums Σ exp(z - max), with their moments, become one.
-EK_INLINE void merge(Vec& max, Vec& rest, Vec& moment, Vec other_max, Vec other_rest, Vec other_moment) {
-  const Vec now = larger(other_max, max), by = exp(max - now), other = exp(other_max - now);
-  moment = by * (moment + (max - now) * rest) + other * (other_moment + (other_max - now) * other_rest);
-  rest = by * rest + other * other_rest;
-  max = now;
+// Similarities (n, G) of a tile; pairs with equal labels are out, on both ways.
+void similarities(const InfoNCEParams& p, const InfoNCEColumns& columns, const Side& a, int64_t first, int64_t n,
+                  float* tile) {
+  product(n, a.width, p.dim, columns.unit + first * p.stride, p.stride, a.transposed, tile);
+  for (int64_t j = 0; columns.labels && j < n; j++) {
+    for (int64_t v = 0; v < a.width; v += W) {
+      const IVec out = a.labels.equal(v, columns.labels[first + j]);
+      store(tile + j * G + v, select(out, splat(-__builtin_inff()), load(tile + j * G + v)));
+    }
+  }
 }
 
 // Each row's 1 / τ and positive; its sums are empty.
@@ -87,11 +96,7 @@ void sum_rows(const Side& a, int64_t n, const float* tile, Part& s) {
     Vec max = old, rest{}, moment{};
     for (int64_t j = 0; j < n; j++) max = larger(rate * load(tile + j * G + v), max);
     for (int64_t j = 0; j < n; j++) take(rate * load(tile + j * G + v), max, rest, moment);
-    Vec of_rest = load(s.rest + v), of_moment = load(s.moment + v);
-    const Vec by = exp(old - max);
-    store(s.moment + v, by * (of_moment + (old - max) * of_rest) + moment);
-    store(s.rest + v, by * of_rest + rest);
-    store(s.max + v, max);
+    add_sums(s, v, old, max, rest, moment);
   }
 }
 
@@ -119,7 +124,7 @@ void mutual_sums(const InfoNCEParams& p, int64_t kind, int64_t group, float* scr
     float* sums = p.tile_sums[1 - pass.columns] + group * 3 * p.n;
     for (int64_t first = first_column(pass, a.first); first < columns.count; first += block_size) {
       const int64_t n = least(block_size, columns.count - first);
-      product(n, a.width, p.dim, columns.unit + first * p.stride, p.stride, a.transposed, tile);
+      similarities(p, columns, a, first, n, tile);
       for (int64_t j = 0; j < n; j++) {
         for (int64_t i = a.count; i < a.width; i++) tile[j * G + i] = -__builtin_inff();
       }
@@ -235,7 +240,7 @@ void mutual_rows(const InfoNCEParams& p, int64_t kind, int64_t group, float* scr
       const float* unit = columns.unit + first * p.stride;
       const bool kept = columns.gradient && first_seen_once(p, pass, a.first, first) < n;
       float* w = kept ? pass.exponentials + (group * columns.count + first) * G : tile;
-      product(n, a.width, p.dim, unit, p.stride, a.transposed, w);
+      similarities(p, columns, a, first, n, w);
       weigh(p, pass, a, first, n, w);
       if (d_rows) gemm(true, a.count, p.padded_dim, n, w, 1, G, unit, p.stride, d, p.stride);
     }

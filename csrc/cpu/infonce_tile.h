@@ -148,12 +148,29 @@ void raise_max(const InfoNCEParams& p, Group& g, int64_t part, const float* larg
   }
 }
 
-// e^(z - max) for values z of one vector of rows; hidden ones are -inf.
+// e^(z - max) for values z of one vector of rows, z <= max + 88; hidden ones are -inf: their part of the moment is
+// 0 · -88.
 EK_INLINE Vec take(Vec z, Vec max, Vec& rest, Vec& moment) {
-  const Vec e = exp(z - max);
+  const Vec x = larger(splat(-88), z - max), e = exp_within_88(x);
   rest += e;
-  moment += select(e > 0.0f, e * (z - max), Vec{});
+  moment += e * x;
   return e;
+}
+
+// Two sums Σ exp(z - max), with their moments, become one.
+EK_INLINE void merge(Vec& max, Vec& rest, Vec& moment, Vec other_max, Vec other_rest, Vec other_moment) {
+  const Vec now = larger(other_max, max), by = exp(max - now), other = exp(other_max - now);
+  moment = by * (moment + (max - now) * rest) + other * (other_moment + (other_max - now) * other_rest);
+  rest = by * rest + other * other_rest;
+  max = now;
+}
+
+// Adds a block's sums under `max` to those under `old`, for one vector of rows.
+EK_INLINE void add_sums(Part& s, int64_t v, Vec old, Vec max, Vec rest, Vec moment) {
+  const Vec by = exp(old - max), of_rest = load(s.rest + v);
+  store(s.moment + v, by * (load(s.moment + v) + (old - max) * of_rest) + moment);
+  store(s.rest + v, by * of_rest + rest);
+  store(s.max + v, max);
 }
 
 // z (n, G) -> exponentials under the row's maximum: in place, or with `sum` only summed. With `mark`, hidden ones

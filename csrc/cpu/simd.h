@@ -64,7 +64,14 @@ EK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 EK_INLINE Vec splat(float x) { return x - Vec{}; }
 EK_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
-EK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // b where one is NaN
+// b where one is NaN. Of a constant GCC 12 makes a comparison and a blend.
+#if defined(__AVX512F__) && !defined(EK_LANES)
+EK_INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__) && !defined(EK_LANES)
+EK_INLINE Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+EK_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 
 EK_INLINE float sum_lanes(Vec x) {
   float sum = 0;
@@ -217,13 +224,11 @@ EK_INLINE void store_at(T* p, int64_t i, int64_t n, Vec x) {
   }
 }
 
-// e^x for x <= 88, 0 below -87.33 (float32's smallest normal number), NaN for NaN; error < 1 ulp.
+// e^x for -88 <= x <= 88, at -88 exactly 0, NaN for NaN; error < 1 ulp of normal numbers.
 // x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r (Cephes' expf coefficients).
-EK_INLINE Vec exp(Vec x) {
-  const IVec underflows = x < -87.33654f;
-  x = select(underflows, splat(-87.33654f), x);
-  const Vec shifted = x * 1.44269504f + 0x1.8p23f;  // rounds to an integer in the low bits
-  const Vec n = shifted - 0x1.8p23f;
+EK_INLINE Vec exp_within_88(Vec x) {
+  const Vec shifted = x * 1.44269504f + (0x1.8p23f + 127);  // n + 127 in the low bits
+  const Vec n = shifted - (0x1.8p23f + 127);
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec y = 1.9875691500e-4f * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
@@ -231,10 +236,11 @@ EK_INLINE Vec exp(Vec x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  const Vec power = (Vec)((UVec)shifted << 23);  // 2^n times the constant's bits, which the shift removes
-  const Vec result = (Vec)((IVec)y + (IVec)power);
-  return select(x != x, x, select(underflows, Vec{}, result));
+  return y * (Vec)((UVec)shifted << 23);  // times 2^n, 0 for n = -127
 }
+
+// e^x for x <= 88, 0 below -87.33 (float32's smallest normal number), NaN for NaN; error < 1 ulp.
+EK_INLINE Vec exp(Vec x) { return select(x < -87.33654f, Vec{}, exp_within_88(x)); }
 
 // ln x for normal x > 0, NaN for NaN; error < 1 ulp. x = 2^n (1 + f) with 1 + f in [√½, √2) (Cephes' logf
 // coefficients).
