@@ -76,6 +76,36 @@ bool streams(const AttentionParams& p, const AttentionSequence& s, bool direct) 
   return p.large && direct && s.q_length <= KC;
 }
 
+// What the products of the block of rows from `start` on fetch meanwhile: what the next block reads, with the keys and
+// values of its head if that is another one, and where this block's results go, those of the keys behind the last.
+template <class T>
+Ahead look_ahead(const AttentionParams& p, const Rows& rows, int64_t start, int64_t block, const Rows& after,
+                 int64_t tiles) {
+  const int64_t left = rows.first + rows.count - start;
+  const Rows now = {rows.s, rows.kv_head, start, least(block, left)};
+  const bool last = left <= block;
+  const Rows next = last ? after : Rows{rows.s, rows.kv_head, start + block, least(block, left - block)};
+  Ahead ahead;
+  if (next.s) {
+    if (last) {
+      ahead.add_keys<T>(next, p.key, p.dim);
+      ahead.add_keys<T>(next, p.value, p.dim_v);
+    }
+    ahead.add_queries<T>(p, next, p.query, p.dim);
+    ahead.add_queries<T>(p, next, p.d_out, p.dim_v);
+  }
+  if (!streams(p, *now.s, in_place<T>(p, *now.s))) {
+    ahead.add_queries<T>(p, now, p.out, p.dim_v);
+    ahead.add_queries<T>(p, now, p.d_query, p.dim);
+    if (last && !now.s->partial) {
+      ahead.add_keys<T>(now, p.d_key, p.dim);
+      ahead.add_keys<T>(now, p.d_value, p.dim_v);
+    }
+  }
+  ahead.spread_over(tiles);
+  return ahead;
+}
+
 // What dropout leaves is divided by 1 - dropout_p: in the reciprocals of the sums, which are multiplied to it anyway.
 void scale_kept(const AttentionParams& p, int64_t m, const float* reciprocal, float* scaled) {
   const float factor = p.dropout_p >= 1 ? 0 : float(1 / (1 - p.dropout_p));
@@ -83,20 +113,20 @@ void scale_kept(const AttentionParams& p, int64_t m, const float* reciprocal, fl
 }
 
 template <class T>
-void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, float* memory,
-                   Ahead& ahead) {
-  const int64_t all = p.heads / p.kv_heads * s.q_length, end = least(all, (chunk + 1) * attention_chunk);
+void forward_typed(const AttentionParams& p, const Rows& rows, const Rows& next, float* memory) {
+  const AttentionSequence& s = *rows.s;
+  const int64_t kv_head = rows.kv_head, begin = rows.first, end = begin + rows.count;
   const int64_t n = s.visible, ld = attention_stride(n), dim_v = round_up(p.dim_v, W);
   if (n == 0) {
-    Row row(p, s, kv_head, chunk * attention_chunk);
-    for (int64_t i = chunk * attention_chunk; i < end; i++, row.next()) {
+    Row row(p, s, kv_head, begin);
+    for (int64_t i = begin; i < end; i++, row.next()) {
       for (int64_t c = 0; c < p.dim_v; c += W) store_at(row.in<T>(p.out), c, p.dim_v, Vec{});
       *row.in<float>(p.lse) = -__builtin_inff();
     }
     return;
   }
   const bool direct = in_place<T>(p, s);
-  const int64_t block = attention_block(n, all);
+  const int64_t block = attention_block(n, rows.count);
   Scratch scratch{memory};
   float* k_transposed = scratch.take(p.dim * ld);
   const int64_t v_words = row_words<T>(p.dim_v);
@@ -117,10 +147,12 @@ void forward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t
     pair_rows(elements<T>(v.x), 2 * v_words, n, p.dim_v, pairs, dim_v);
     v = {pairs, dim_v};
   }
-  for (int64_t start = chunk * attention_chunk; start < end; start += block) {
+  for (int64_t start = begin; start < end; start += block) {
     const int64_t m = least(block, end - start);
     Row row(p, s, kv_head, start);
     const KeyRange range(p, row, m, n);
+    const int64_t tiles = gemm_tiles(m, range.n, p.dim) + gemm_tiles(m, p.dim_v, range.n);
+    Ahead ahead = look_ahead<T>(p, rows, start, block, next, tiles);
     weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
     if (p.dropout_p > 0) {
       drop(p, row, m, range, b.scores, b.scores, ld);
@@ -169,12 +201,12 @@ float* part(const AttentionParams& p, const AttentionSequence& s, int64_t chunk,
 }
 
 template <class T>
-void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t slot, int64_t chunk,
-                    float* memory, Ahead& ahead) {
-  const int64_t rows = p.heads / p.kv_heads * s.q_length, part_rows = (rows + s.splits - 1) / s.splits;
-  const int64_t begin = chunk * part_rows, end = least(rows, begin + part_rows), all = most(0, end - begin);
+void backward_typed(const AttentionParams& p, const Rows& rows, const Rows& next, int64_t slot, int64_t chunk,
+                    float* memory) {
+  const AttentionSequence& s = *rows.s;
+  const int64_t kv_head = rows.kv_head, begin = rows.first, end = begin + rows.count;
   const int64_t n = s.visible, ld = attention_stride(n);
-  const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W), block = attention_block(n, all);
+  const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W), block = attention_block(n, rows.count);
   const bool direct = in_place<T>(p, s), bounded = p.window_left >= 0 || p.window_right >= 0;
   Scratch scratch{memory};
   const int64_t k_words = row_words<T>(p.dim), d_out_words = row_words<T>(p.dim_v);
@@ -214,7 +246,7 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
   }
   const bool stream = streams(p, s, direct) && end - begin <= block;
   for (int64_t i = 0; i < block; i++) d_lse[i] = 0;
-  if (all == 0 || bounded) {  // no block writes them, or none writes them all
+  if (rows.count == 0 || bounded) {  // no block writes them, or none writes them all
     for (int64_t j = 0; j < n; j++) {
       for (int64_t c = 0; p.d_key.data && c < dim; c += W) store(d_k.x + j * d_k.ld + c, Vec{});
       for (int64_t c = 0; p.d_value.data && c < dim_v; c += W) store(d_v.x + j * d_v.ld + c, Vec{});
@@ -235,6 +267,9 @@ void backward_typed(const AttentionParams& p, const AttentionSequence& s, int64_
       continue;
     }
     const KeyRange range(p, row, m, n);
+    const int64_t tiles = gemm_tiles(m, range.n, p.dim) + gemm_tiles(m, range.n, p.dim_v) +
+                          gemm_tiles(m, p.dim, range.n) + gemm_tiles(range.n, p.dim + p.dim_v, m);
+    Ahead ahead = look_ahead<T>(p, rows, start, block, next, tiles);
     weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
     const float *weights = b.scores, *reciprocal = b.reciprocal;  // as dropout leaves them
     if (p.dropout_p > 0) {                                        // in scratch that isn't needed yet
@@ -315,52 +350,41 @@ void sum_parts_typed(const AttentionParams& p, const AttentionSequence& s, int64
   }
 }
 
-// A task's heads, each with the rows of what comes after it: the task's next head, or `next`'s first.
-template <class T, class Run>
-void each_head(const AttentionParams& p, const AttentionTask& task, const AttentionTask* next, bool backward,
+// Those of chunk `chunk`, or in the backward pass of part `chunk`.
+Rows rows_of(const AttentionParams& p, const AttentionSequence& s, int64_t kv_head, int64_t chunk, bool backward) {
+  const int64_t all = p.heads / p.kv_heads * s.q_length;
+  const int64_t rows = backward ? (all + s.splits - 1) / s.splits : attention_chunk, first = least(all, chunk * rows);
+  return {&s, kv_head, first, least(rows, all - first)};
+}
+
+// run(rows, next) for each of a task's heads; next: the first rows of the task's next head, or those of `after`.
+template <class Run>
+void each_head(const AttentionParams& p, const AttentionTask& task, const AttentionTask* after, bool backward,
                const Run& run) {
-  const int64_t group = p.heads / p.kv_heads, heads = task.end - task.first;
-  for (int64_t i = 0; i < task.count * heads; i++) {
-    const AttentionSequence &now = task.s[i / heads * task.step], *then = nullptr;
-    int64_t then_head = 0;
-    if (i + 1 < task.count * heads) {
-      then = &task.s[(i + 1) / heads * task.step];
-      then_head = task.first + (i + 1) % heads;
-    } else if (next) {
-      then = next->s;
-      then_head = next->first;
+  const int64_t heads = task.end - task.first, count = task.count * heads;
+  for (int64_t i = 0; i < count; i++) {
+    const auto nth = [&](int64_t n) {
+      return rows_of(p, task.s[n / heads * task.step], task.first + n % heads, task.chunk, backward);
+    };
+    Rows next{};
+    if (i + 1 < count) {
+      next = nth(i + 1);
+    } else if (after) {
+      next = rows_of(p, *after->s, after->first, after->chunk, backward);
     }
-    Ahead ahead;
-    if (then && now.visible <= ahead_limit) {
-      const int64_t key = then->k_start + then->k_first, head = then_head * group;
-      const int64_t rows = least(then->q_length, ahead_limit), keys = least(then->visible, ahead_limit);
-      ahead.add<T>(p.key, *then, then_head, key, keys, p.dim);
-      ahead.add<T>(p.value, *then, then_head, key, keys, p.dim_v);
-      ahead.add<T>(p.query, *then, head, then->q_start, rows, p.dim);
-      ahead.add<T>(p.d_out, *then, head, then->q_start, rows, p.dim_v);
-      if (!streams(p, now, in_place<T>(p, now))) {
-        ahead.add<T>(p.out, *then, head, then->q_start, rows, p.dim_v);
-        ahead.add<T>(p.d_query, *then, head, then->q_start, rows, p.dim);
-        ahead.add<T>(p.d_key, *then, then_head, key, keys, p.dim);
-        ahead.add<T>(p.d_value, *then, then_head, key, keys, p.dim_v);
-      }
-      const int64_t m = group * now.q_length, n = now.visible;
-      ahead.spread_over(1 + gemm_tiles(m, n) * (backward ? 2 : 1) + gemm_tiles(m, p.dim_v) +
-                        (backward ? 2 * gemm_tiles(n, p.dim) : 0));
-    }
-    run(now, task.first + i % heads, ahead);
+    if (next.s) next.count = attention_block(next.s->visible, next.count);
+    run(nth(i), next);
   }
   if (p.large) fence();
 }
 
-void forward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* next, float* scratch) {
-  BY_DTYPE(p.dtype, each_head<T>(p, task, next, false, [&](const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
-             forward_typed<T>(p, s, kv_head, task.chunk, scratch, ahead);
-           }))
+void forward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* after, float* scratch) {
+  BY_DTYPE(p.dtype, each_head(p, task, after, false,
+                              [&](const Rows& rows, const Rows& next) { forward_typed<T>(p, rows, next, scratch); }))
 }
-void backward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* next, float* scratch) {
-  BY_DTYPE(p.dtype, each_head<T>(p, task, next, true, [&](const AttentionSequence& s, int64_t kv_head, Ahead& ahead) {
-             backward_typed<T>(p, s, kv_head, task.slot, task.chunk, scratch, ahead);
+void backward(const AttentionParams& p, const AttentionTask& task, const AttentionTask* after, float* scratch) {
+  BY_DTYPE(p.dtype, each_head(p, task, after, true, [&](const Rows& rows, const Rows& next) {
+             backward_typed<T>(p, rows, next, task.slot, task.chunk, scratch);
            }))
 }
 void sum_parts(const AttentionParams& p, const AttentionTask& task) {

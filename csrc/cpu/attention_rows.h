@@ -30,38 +30,58 @@ EK_INLINE T* key_row(const Strided& x, const AttentionSequence& s, int64_t kv_he
   return static_cast<T*>(x.data) + s.b * x.stride_b + kv_head * x.stride_h + t * x.stride_t;
 }
 
-// Rows that the next head will read or write. In (B, L, H, D) they are far apart and no hardware prefetcher finds them.
-// Fetched between the tiles of this head's products, evenly, they cost next to nothing: at L = 32 forward and backward
-// take 15.5 µs a head without, 11.4 when fetched in bursts, 9.1 so (Zen 3, one thread, 8.0 with all in the cache).
+// A key/value head and some of its queries' rows.
+struct Rows {
+  const AttentionSequence* s;
+  int64_t kv_head, first, count;
+};
+
+// Memory that will soon be read or written. In (B, L, H, D) a head's rows are far apart and no hardware prefetcher
+// finds them. Fetched between the tiles of a block's products, evenly, they cost next to nothing: at L = 32 forward and
+// backward take 15.5 µs a head without, 11.4 when fetched in bursts, 9.1 so (Zen 3, one thread, 8.0 with all in the
+// cache).
 struct Ahead {
-  struct Rows {
+  struct Lines {
     const char* row;
     int64_t bytes, stride, left;
   };
-  Rows pending[8];
+  Lines pending[8];
   int count = 0, at = 0;
   int64_t total = 0, pace = 0;
 
   template <class T>
-  void add(const Strided& x, const AttentionSequence& s, int64_t h, int64_t t, int64_t rows, int64_t dim) {
-    const int64_t size = sizeof(T);
-    if (!x.data || rows == 0) return;
-    const T* first = static_cast<const T*>(x.data) + s.b * x.stride_b + h * x.stride_h + t * x.stride_t;
-    pending[count++] = {reinterpret_cast<const char*>(first), dim * size, x.stride_t * size, rows};
-    total += rows;
+  void add_queries(const AttentionParams& p, const Rows& rows, const Strided& x, int64_t dim) {
+    if (rows.count == 0) return;
+    const Row row(p, *rows.s, rows.kv_head, rows.first);
+    add<T>(x, *rows.s, row.h, row.t, least(rows.count, rows.s->q_start + rows.s->q_length - row.t), dim);
+  }
+  template <class T>
+  void add_keys(const Rows& rows, const Strided& x, int64_t dim) {
+    const AttentionSequence& s = *rows.s;
+    add<T>(x, s, rows.kv_head, s.k_start + s.k_first, least(s.visible, ahead_keys), dim);
   }
   void spread_over(int64_t steps) { pace = (total + steps - 1) / steps; }
   EK_INLINE void step() {
     for (int64_t i = 0; i < pace && at < count; i++) {
-      Rows& next = pending[at];
+      Lines& next = pending[at];
       for (int64_t byte = 0; byte < next.bytes; byte += 64) __builtin_prefetch(next.row + byte);
       next.row += next.stride;
       if (--next.left == 0) at++;
     }
   }
-};
 
-constexpr int64_t ahead_limit = 256;  // keys; with more of them the products hide the waiting
+ private:
+  static constexpr int64_t ahead_keys = 512;  // more would push out what is still needed
+
+  template <class T>
+  void add(const Strided& x, const AttentionSequence& s, int64_t h, int64_t t, int64_t rows, int64_t dim) {
+    const int64_t size = sizeof(T);
+    if (!x.data || rows <= 0) return;
+    const T* first = static_cast<const T*>(x.data) + s.b * x.stride_b + h * x.stride_h + t * x.stride_t;
+    pending[count++] = {reinterpret_cast<const char*>(first), dim * size, x.stride_t * size, rows};
+    total += rows;
+  }
+};
 
 // Rows of a matrix, ld apart: a tensor's own, where products can read or write them, or scratch.
 struct Panel {

@@ -27,9 +27,6 @@ struct Nothing {
   EK_INLINE void step() {}
 };
 
-// About how often a product of m rows and n columns calls step().
-EK_INLINE int64_t gemm_tiles(int64_t m, int64_t n) { return (m + MR - 1) / MR * ((n + NR - 1) / NR); }
-
 template <int mr, int nv, bool add, class Operand>
 EK_INLINE void gemm_tile(int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b, int64_t ldb,
                          float* c, int64_t ldc, const End& end) {
@@ -117,6 +114,11 @@ EK_INLINE void gemm_part(bool add, int64_t m, int64_t k, const Operand* a, int64
 
 // Long sums are sums of partial sums: as accurate as a blocked library's, and B's strip of KC rows stays in the cache.
 constexpr int64_t KC = 128;
+
+// About how often a product of A (m, k) and B (k, n) calls step().
+EK_INLINE int64_t gemm_tiles(int64_t m, int64_t n, int64_t k) {
+  return (m + MR - 1) / MR * ((n + NR - 1) / NR) * ((k + KC - 1) / KC);
+}
 
 template <class Operand, class Meanwhile>
 void gemm(bool add, int64_t m, int64_t n, int64_t k, const Operand* a, int64_t a_row, int64_t a_col, const Operand* b,

@@ -215,7 +215,7 @@ void take_columns(const InfoNCEParams& p, int64_t number, int64_t group, int64_t
     } else if (p.sum_anchors[pass.anchors]) {
       const float* unit = columns.unit + first * p.stride;
       Ahead next(unit + n * p.stride, p.stride, p.stride, least(block_size, columns.count - first - n),
-                 gemm_tiles(g.count, p.padded_dim));
+                 gemm_tiles(g.count, p.padded_dim, n));
       gemm(true, g.count, p.padded_dim, n, z, 1, G, unit, p.stride, a.d, p.stride, {}, next);
     }
     for (int64_t i = 0; pass.exponentials && i < G; i++) {

@@ -139,7 +139,8 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
     const float* guide = guide_tile(p, p.pass[0], g, first, n, space.guide_tile);
     for (int64_t k = 0; k < p.levels; k++) {
       const int64_t begin = level_begin(p, k), width = p.level_end[k] - begin;
-      Ahead next(d + n * p.stride + begin, p.stride, width, least(block_size, m - first - n), gemm_tiles(n, g.width));
+      Ahead next(d + n * p.stride + begin, p.stride, width, least(block_size, m - first - n),
+                 gemm_tiles(n, g.width, width));
       for (int64_t c = 0; c < width; c += depth) {
         gemm(k > 0 || c > 0, n, g.width, least(depth, width - c), d + begin + c, p.stride, 1,
              g.anchors[0].transposed + (begin + c) * G, G, space.tile, G, {}, next);
@@ -238,7 +239,7 @@ void prefix_columns(const InfoNCEParams& p, int64_t stretch, float* tiles) {
         const float* tile = tiles + k * block_size * G;
         if (p.d_queries) {
           Ahead next(d_document ? d_document + c : document, p.padded_dim, width, d_document ? n : 0,
-                     gemm_tiles(count, width));
+                     gemm_tiles(count, width, n));
           gemm(first > begin, count, width, n, tile, 1, G, document + c, p.stride, d_query + c, p.stride, {}, next);
         }
         if (d_document) {

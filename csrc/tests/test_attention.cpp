@@ -99,11 +99,13 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
     const size_t floats = size_t(attention_scratch_floats(p, s.visible, group * lq, true));
     std::unique_ptr<float, void (*)(void*)> scratch(
         static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), std::free);
-    std::memset(scratch.get(), 0xff, floats * 4);  // NaN
-    for (int64_t i = 0; i * attention_chunk < group * lq; i++)
-      variant.attention.forward(p, {&s, 1, 1, 0, i, 0, kv_heads}, nullptr, scratch.get());
+    std::memset(scratch.get(), 0xff, floats * 4);        // NaN
+    AttentionTask task = {&s, 1, 1, 0, 0, 0, kv_heads};  // its own successor, so that rows are fetched ahead
+    for (; task.chunk * attention_chunk < group * lq; task.chunk++)
+      variant.attention.forward(p, task, &task, scratch.get());
     std::memset(scratch.get(), 0xff, floats * 4);
-    variant.attention.backward(p, {&s, 1, 1, 0, 0, 0, kv_heads}, nullptr, scratch.get());
+    task.chunk = 0;
+    variant.attention.backward(p, task, &task, scratch.get());
     for (Rows* rows : {&out, &dq, &dk, &dvalue}) naive::from_bf16(rows->bf16, rows->x);
 
     for (int64_t h = 0; h < kv_heads; h++) {
