@@ -244,6 +244,18 @@ def test_module() -> None:
     torch.testing.assert_close(learnable.log_temperature.grad, wanted * tau)
 
 
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_duplicate_of_the_positive_beats_nothing(variant: str, similarity: str) -> None:
+    """Also where their similarity is far smaller than its sum's terms."""
+    d = torch.randn(1, 100).expand(2, 100)
+    q = torch.randn(300, 100)
+    q -= (q @ d[0])[:, None] * d[0] / d[0].square().sum()
+    options: dict[str, Any] = {"targets": torch.zeros(300, dtype=torch.int64), "similarity": similarity}
+    for dtype in (torch.float32, torch.bfloat16):
+        _, metrics = ek.info_nce(q.to(dtype), d.to(dtype), **options, return_metrics=True)
+        assert metrics["accuracy"] == 1
+
+
 @pytest.mark.parametrize("same_label", [None, "ignore", "positive"])
 def test_metrics(variant: str, same_label: str | None) -> None:
     d, negatives = torch.randn(140, 4), torch.randn(90, 2, 4)

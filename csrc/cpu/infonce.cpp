@@ -131,8 +131,9 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
     p.row_share[part][in_panel] = d_share[part];
   }
   p.loss[query] = loss / float(p.parts);
-  if (p.metrics) {  // a tie may be a rounding apart: the positive's product is summed in another order
-    const float tie = 2e-6f * (__builtin_fabsf(g.best[i]) + __builtin_fabsf(z_positive));
+  if (p.metrics) {  // a tie may be a rounding of the sum apart: the positive's is summed in another order
+    float norm = 1;
+    const float tie = 2e-6f * dot_of_sizes(unit, positive_of(p, query, row, &norm), p.dim);
     float* metrics = p.metrics + query * 4;
     metrics[0] = !(g.best[i] - z_positive > tie);
     metrics[1] = z_positive * g.tau[i];

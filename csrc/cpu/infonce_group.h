@@ -19,6 +19,13 @@ EK_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum_lanes(sums);
 }
 
+// Σ |a_c b_c|: dot() is within a few roundings of it.
+EK_INLINE float dot_of_sizes(const float* a, const float* b, int64_t n) {
+  Vec sums{};
+  for (int64_t c = 0; c < n; c += W) sums += (Vec)((IVec)(load(a + c) * load(b + c)) & 0x7fffffff);
+  return sum_lanes(sums);
+}
+
 EK_INLINE void scale(float* x, float by, int64_t n) {
   for (int64_t c = 0; c < n; c += W) store(x + c, by * load(x + c));
 }
