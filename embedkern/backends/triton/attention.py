@@ -60,7 +60,9 @@ WHOLE = {
 }
 QUERIES = {
     2: (
-        Tiles((ANY, ANY, 128), 64, 32, 4, 3),
+        Tiles((ANY, ANY, 32), 64, 32, 4, 3),
+        Tiles((ANY, ANY, 128), 64, 32, 4, 3, large=True),
+        Tiles((ANY, ANY, 128), 64, 32, 4, 2),
         Tiles((ANY, ANY, 256), 128, 32, 8, 2, large=True),
         Tiles((ANY, ANY, 256), 32, 32, 4, 1),
     ),
