@@ -253,13 +253,18 @@ def test_same_bits_for_any_number_of_threads() -> None:
         "scale": torch.rand(4, 1, 1),
     }
     tokens = packed(900, 900, 2, 2, 8)
-    many = inputs(64, 4, 4, 64, 64, 8, 8)
-    shared = {"bias": torch.randn(64, 64), "relative_bias": torch.randn(4, 9)}  # by sequences, one by heads too
+    # Shared by sequences, bias by heads too. Huge gradients that cancel show any other order of the sums.
+    shared = [torch.randn(128, 128, requires_grad=True), torch.randn(4, 9, requires_grad=True)]
+    many = [x.repeat(4, 1, 1, 1) for x in inputs(16, 4, 4, 128, 128, 8, 8)]
+    upstream = torch.randn(64, 4, 128, 8)
+    upstream[:16] *= 1e12
+    upstream[16:32] = -upstream[:16]
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         padded_results = run(ek.attention, (q, k, v), "cpu", None, options)
         varlen = run(ek.attention_varlen, tokens, "cpu", None, {"cu_seqlens_q": torch.tensor([0, 850, 900])})
-        of_shared = run(ek.attention, many, "cpu", None, shared)
-        results.append([*padded_results.values(), *varlen.values(), *of_shared.values()])
+        out = ek.attention(*many, bias=shared[0], relative_bias=shared[1], backend="cpu")
+        of_shared = torch.autograd.grad(out, shared, upstream)
+        results.append([*padded_results.values(), *varlen.values(), *of_shared])
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -39,7 +39,7 @@ struct Rows {
 // Memory that will soon be read or written. In (B, L, H, D) a head's rows are far apart and no hardware prefetcher
 // finds them. Fetched between the tiles of a block's products, evenly, they cost next to nothing: at L = 32 forward and
 // backward take 15.5 µs a head without, 11.4 when fetched in bursts, 9.1 so (Zen 3, one thread, 8.0 with all in the
-// cache).
+// cache); at L = 512 gathering and scattering rows takes a tenth of the time without, 3 % so.
 struct Ahead {
   struct Lines {
     const char* row;
