@@ -244,6 +244,12 @@ def test_reference_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [tensors[name].detach().requires_grad_() for name in ("queries", "documents")]
     assert torch.autograd.gradgradcheck(loss, leaves)
 
+    queries, documents = (x.detach().float().requires_grad_() for x in leaves)
+    wanted = torch.autograd.grad(ek.info_nce(queries, documents, backend="reference"), queries)
+    with torch.autocast("cpu"):
+        found = torch.autograd.grad(ek.info_nce(queries, documents, backend="reference"), queries)
+    assert torch.equal(found[0], wanted[0])
+
 
 GUIDE, LABELS = "guide_queries=g[:rows], guide_documents=g", "query_labels=ids[:rows], document_labels=ids"
 MEMORY: dict[str, str] = {

@@ -5,7 +5,7 @@ Rows are taken in blocks that are computed again for the gradient, so that the N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,13 +76,11 @@ def info_nce(
                 label_smoothing, tuple(directions), partition_mode == "per_direction",
             )  # fmt: skip
             columns = sum(rest.q.shape[0] if name.endswith("query") else rest.d.shape[0] for name in directions)
-            step = max(1, BLOCK // columns)
+            step = max(1, BLOCK // columns, dim // 16)
             if torch.compiler.is_compiling() or rows <= step:
                 row_loss, of_rows = _rows(rest, 0, rows)
             else:
-                vary = [getattr(rest, name) for name in Block.VARY]
-                blocks = [Block.apply(rest, begin, min(begin + step, rows), *vary) for begin in range(0, rows, step)]
-                row_loss, of_rows = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+                row_loss, of_rows = Blocks.apply(rest, step, *(getattr(rest, name) for name in Blocks.VARY))
             total = total + factor * row_loss
             metrics = of_rows if dim == max(dims) else metrics
         loss = distributed.reduce(total, weights, reduction, group)
@@ -161,29 +159,47 @@ def _rows(rest: Rest, begin: int, end: int) -> tuple[Tensor, Tensor]:
     return row_loss, torch.stack([x.to(s.dtype) for x in of_rows], 1)
 
 
-class Block(torch.autograd.Function):
-    """`_rows`, computed again for the gradient; second derivatives go through that."""
+class Blocks(torch.autograd.Function):
+    """`_rows` of all rows, `step` at a time, computed again for the gradient; second derivatives go through that."""
 
     VARY = ("q", "d", "p", "n", "tau")
 
     @staticmethod
-    def forward(ctx: Any, rest: Rest, begin: int, end: int, *vary: Any) -> tuple[Tensor, Tensor]:
-        ctx.rows, ctx.numbers = (rest, begin, end), [None if isinstance(x, Tensor) else x for x in vary]
+    def forward(ctx: Any, rest: Rest, step: int, *vary: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in vary))
-        row_loss, of_rows = _rows(rest, begin, end)
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in vary]
+        ctx.rest, ctx.step = replace(rest, **dict.fromkeys(Blocks.VARY)), step  # holds no vectors
+        row_loss, of_rows = rest.q.new_empty(len(rest.t)), rest.q.new_empty(len(rest.t), 4)
+        for rows in _blocks(rest, step):
+            row_loss[rows], of_rows[rows] = _rows(rest, rows.start, rows.stop)
         ctx.mark_non_differentiable(of_rows)
         return row_loss, of_rows
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> Any:
-        rest, begin, end = ctx.rows
         vary = [number if x is None else x for x, number in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+        needs = ctx.needs_input_grad[2:]
 
-        def again(*given: Any) -> Tensor:
-            return _rows(replace(rest, **dict(zip(Block.VARY, given, strict=True))), begin, end)[0]
+        def row_losses(*given: Any) -> Iterator[Tensor]:
+            rest = replace(ctx.rest, **dict(zip(Blocks.VARY, given, strict=True)))
+            return (_rows(rest, rows.start, rows.stop)[0] for rows in _blocks(rest, ctx.step))
 
-        gradients = common.reference_gradients(again, vary, ctx.needs_input_grad[3:], (d_loss,))
-        return None, None, None, *gradients
+        with torch.autocast(d_loss.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                whole = lambda *given: torch.cat(list(row_losses(*given)))  # noqa: E731
+                return None, None, *common.reference_gradients(whole, vary, needs, (d_loss,))
+            leaves = [x.detach().requires_grad_() if need else x for x, need in zip(vary, needs, strict=True)]
+            wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+            for x in wanted:
+                x.grad = torch.zeros_like(x)  # each block adds to it in place
+            with torch.enable_grad():
+                for row_loss, d_rows in zip(row_losses(*leaves), d_loss.split(ctx.step), strict=True):
+                    torch.autograd.backward(row_loss, d_rows, inputs=wanted)
+            return None, None, *(x.grad if need else None for x, need in zip(leaves, needs, strict=True))
+
+
+def _blocks(rest: Rest, step: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + step, len(rest.t))) for begin in range(0, len(rest.t), step))
 
 
 def _columns(rest: Rest, direction: str, begin: int, end: int) -> Columns:
