@@ -309,7 +309,10 @@ def test_gated_unit(variant: str, dtype: torch.dtype) -> None:
         found = [OPS.gated_sums(x, [70, 70, 200]), *OPS.gated_backward(x, d_g, sequences)]
         exact = by_torch(u.double(), d_g.double(), sequences)
         for got, wanted, torchs in zip(found, exact, by_torch(u, d_g, sequences), strict=True):
-            assert_accurate(got, wanted, torchs, 2)
+            if dtype == torch.float64:  # what is exact here is torch's too
+                torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
+            else:
+                assert_accurate(got, wanted, torchs, 2)
     gates = torch.tensor([NAN, torch.inf, -torch.inf, 0.0, 20.0, -20.0], dtype=dtype)
     (gelu,) = OPS.gated_sums(torch.cat([torch.ones_like(gates), gates])[None], [1])
     torch.testing.assert_close(gelu, F.gelu(gates), equal_nan=True)
