@@ -214,4 +214,18 @@ struct InfoNCEParams {
   InfoNCEStretch* of_stretches;  // (stretches, groups); null with prefixes
 };
 
+// The gated unit g = a · gelu(gate) of rows u = [a, gate], gelu(x) = x · Φ(x).
+struct GatedParams {
+  int64_t rows, width;
+  bool wide;      // everything is float64, not float32
+  const void* u;  // (rows, 2 · width), rows u_stride apart
+  int64_t u_stride;
+  const int64_t* ends;      // (pieces): the row after each piece's last; pieces follow each other from row 0
+  void* sums;               // (pieces, width): Σ g of a piece's rows
+  const void* d_g;          // (sequences, width): of every row of a sequence
+  const int64_t* sequence;  // (rows): the row of d_g
+  void* d_u;                // (rows, 2 · width)
+  void* d_bias;             // (2 · width): Σ d_u
+};
+
 }  // namespace ek

@@ -280,6 +280,13 @@ _MULTI_LAYER_OPTIONS = (
 )
 
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    # of a gated unit a · gelu(gate), u (rows, 2 · F) = [a, gate]: the sums of pieces of rows, which end at `ends`
+    "gated_sums": ("(Tensor u, SymInt[] ends) -> Tensor", lambda u, ends: u.new_empty((len(ends), u.shape[1] // 2))),
+    # d_g (B, F); sequences (rows,): each row's among them
+    "gated_backward": (
+        "(Tensor u, Tensor d_g, Tensor sequences) -> (Tensor d_u, Tensor d_bias)",
+        lambda u, d_g, sequences: (u.new_empty(u.shape), u.new_empty((u.shape[1],))),
+    ),
     "pool_forward": (
         "(Tensor hidden, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor? skip, Tensor? spans, int[] modes, "
         "SymInt out_channels, bool normalize, float eps) -> (Tensor out, Tensor pooled, Tensor argmax)",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_accurate
 from latent_cases import DTYPES, FORMS, HEADS, NAN, WIDTH, block, check, layouts, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -289,6 +290,48 @@ def test_nothing_is_kept_without_gradients() -> None:
     assert calls == [True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_unit(variant: str, dtype: torch.dtype) -> None:
+    """Against torch, in float64 and by its own error; NaN stays in its column; sums of no rows."""
+
+    def by_torch(u: torch.Tensor, d_g: torch.Tensor, sequences: torch.Tensor) -> list[torch.Tensor]:
+        u = u.requires_grad_()
+        a, gate = u.chunk(2, 1)
+        g = a * F.gelu(gate)
+        (d_u,) = torch.autograd.grad(g, u, d_g[sequences])
+        return [torch.stack([g[:70].sum(0), g[70:70].sum(0), g[70:].sum(0)]).detach(), d_u, d_u.sum(0)]
+
+    wide = 3 * torch.randn(200, 2 * 300), torch.randn(2, 300)
+    sequences = (torch.arange(200) > 80).long()
+    u, d_g = (x.to(dtype) for x in wide)
+    padded = F.pad(u, (0, 5), value=NAN)[:, :600]
+    for x in (u, padded):
+        found = [OPS.gated_sums(x, [70, 70, 200]), *OPS.gated_backward(x, d_g, sequences)]
+        exact = by_torch(u.double(), d_g.double(), sequences)
+        for got, wanted, torchs in zip(found, exact, by_torch(u, d_g, sequences), strict=True):
+            if dtype == torch.float64:  # what is exact here is torch's too
+                torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
+            else:
+                assert_accurate(got, wanted, torchs, 2)
+    gates = torch.tensor([NAN, torch.inf, -torch.inf, 0.0, 20.0, -20.0], dtype=dtype)
+    (gelu,) = OPS.gated_sums(torch.cat([torch.ones_like(gates), gates])[None], [1])
+    torch.testing.assert_close(gelu, F.gelu(gates), equal_nan=True)
+    for arguments, message in (
+        ((u.half(), [1]), "u must be float32 or float64"),
+        ((u, [3, 2]), "ends must ascend up to the number of rows"),
+        ((u, [201]), "ends must ascend up to the number of rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.gated_sums(*arguments)
+    for arguments, message in (
+        ((u, d_g[:, 1:], sequences), r"d_g must be \(sequences, F\), of u's dtype"),
+        ((u, d_g, sequences[1:]), "sequences must have a number for each row of u"),
+        ((u, d_g, sequences * 2), "sequences must be rows of d_g"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.gated_backward(*arguments)
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     tensors = [torch.randn(5, 60, WIDTH), *block(5, 8, torch.float32)]
     layers = [torch.randn(3, 4, WIDTH), torch.randn(4, WIDTH), *block(9, 4, torch.float32)]
@@ -361,6 +404,10 @@ def test_second_derivative_raises() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
     weights, hidden = block(*FORMS[form], torch.float32), torch.randn(2, 4, WIDTH)
+    torch.library.opcheck(OPS.gated_sums.default, (weights[1].detach(), [2, 5]))
+    torch.library.opcheck(
+        OPS.gated_backward.default, (hidden[0], torch.randn(3, WIDTH // 2), torch.tensor([0, 0, 2, 2]))
+    )
     options = (weights, HEADS, True, 1e-12)
     arguments: Any = (hidden, torch.tensor([4, 1]), None, None, torch.tensor([0, 1]), *options)
     torch.library.opcheck(OPS.latent_attention_forward.default, (*arguments, False))

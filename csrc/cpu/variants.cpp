@@ -9,8 +9,10 @@ namespace ek {
   extern const PoolingKernels pooling;     \
   extern const AttentionKernels attention; \
   extern const InfoNCEKernels infonce;     \
+  extern const GatedKernels gated;         \
   }
-#define VARIANT(variant, supported) {#variant, supported, variant::pooling, variant::attention, variant::infonce}
+#define VARIANT(variant, supported) \
+  {#variant, supported, variant::pooling, variant::attention, variant::infonce, variant::gated}
 
 DECLARE(portable)
 #if defined(EK_TESTS)

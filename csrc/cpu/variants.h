@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "gated.h"
 #include "infonce.h"
 #include "pooling.h"
 
@@ -15,6 +16,7 @@ struct Variant {
   const PoolingKernels& pooling;
   const AttentionKernels& attention;
   const InfoNCEKernels& infonce;
+  const GatedKernels& gated;
 };
 
 const std::vector<Variant>& variants();       // best first

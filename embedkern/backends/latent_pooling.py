@@ -1,14 +1,15 @@
-"""Latent attention on torch's own matrix products, a tile of rows at a time; on a GPU with Triton kernels between them.
+"""Latent attention on torch's own matrix products, a tile of rows at a time. Between them run Triton kernels on a GPU
+(`fused`, None on a CPU) and csrc/cpu/gated.cpp on a CPU.
 
 The latents are the same for every token, so what is computed of them is computed once a call. With M = K·Wq and
 G = V·Woᵀ of each head (absorbed projections), a token's attention is softmax(x·Mᵀ)·G: 4·C·H·N operations instead of
 4·C·H·D + 4·D·H·N. The feed-forward's last linear map comes after the mean. What is kept for the backward pass has C and
-2·F values a row; the H·N weights are computed again. `fused` is None on a CPU.
+2·F values a row; the H·N weights are computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from . import triton
 from .latent_rows import Rows, Tile, add_pieces, device_rows_of, rows_of
 
 ALIGN = 64  # of products' rows and columns
-EVEN = 840 * 64  # elements: divides into whole vectors between any number of threads up to 8
 # the weights whose gradients pass through the latents' keys and values
 ATTENTION = ("latents", "to_q", "to_kv", "to_out", "context_weight", "context_bias")
 
@@ -47,21 +47,6 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
         return torch.matmul(a, b, out=out)
     assert out is not None
     return out.addmm_(a, b) if a.ndim == 2 else out.baddbmm_(a, b)
-
-
-def elementwise(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
-    """function(*xs), element by element, of tensors of one shape.
-
-    Where torch cuts the elements for its threads, those that don't fill a vector are computed by other code, with other
-    bits: on a CPU, what is large enough to be cut gets a length that leaves none.
-    """
-    count = xs[0].numel()
-    if count <= 1 << 15 or xs[0].device.type != "cpu":
-        return function(*xs)
-    even = xs[0].new_empty(len(xs), count + -count % EVEN)
-    for row, x in zip(even, xs, strict=True):
-        row[:count].view(x.shape).copy_(x)
-    return function(*even)[:count].view(xs[0].shape)
 
 
 class Gradients:
@@ -151,9 +136,8 @@ class FeedForward:
             self.fused.add_sums(self.attended, y, self.ends, tile.rows.start)
             self.fused.add_sums(self.gated, u, self.ends, tile.rows.start, gated=True)
             return
-        a, gate = u.chunk(2, 1)
         add_pieces(self.attended, y, tile)
-        add_pieces(self.gated, elementwise(F.gelu, gate).mul_(a), tile)
+        self.gated[[b for b, _ in tile.pieces]] += OPS.gated_sums(u, [rows.stop for _, rows in tile.pieces])
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The pooled rows (B, C), 0 where there are none, and the means of g (B, F)."""
@@ -187,12 +171,8 @@ class FeedForward:
         need_bias = self.d.needed["ff_in_bias"]
         if self.fused is not None:
             return self.fused.d_gated(u, self.d_gated, sequences, need_bias)
-        a, gate = u.chunk(2, 1)
-        d_g = self.d_gated.index_select(0, sequences)
-        d_u = torch.empty_like(u)
-        torch.mul(elementwise(F.gelu, gate), d_g, out=d_u[:, : self.inner])
-        d_u[:, self.inner :] = elementwise(aten.gelu_backward, d_g.mul_(a), gate)
-        return d_u, d_u.sum(0) if need_bias else None
+        d_u, d_bias = OPS.gated_backward(u, self.d_gated, sequences)
+        return d_u, d_bias if need_bias else None
 
 
 class Absorbed:
@@ -236,7 +216,10 @@ class Absorbed:
         if self.d.needed["to_q"]:
             self.d.add("to_q", product(self.k.mT, d_m).flatten(0, 1))
         if self.d.needed["to_out"]:
-            self.d.add("to_out", join_heads(product(d_g.mT, self.v)))
+            d_out = torch.empty_like(self.w.to_out)  # (C, H·D), written where each head belongs
+            for d_head, g, v in zip(d_out.chunk(self.heads, 1), d_g, self.v, strict=True):
+                product(g.T, v, d_head)
+            self.d.add("to_out", d_out)
         return join_heads(torch.cat([product(d_m, self.wq.mT), product(d_g, self.wo)]))
 
 

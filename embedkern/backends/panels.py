@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from .. import schema
-from .latent_pooling import elementwise, product
+from .latent_pooling import product
 
 ELEMENTS = 1 << 19  # of a panel's matrix
+EVEN = 840 * 64  # elements: divides into whole vectors between any number of threads up to 8
 EPS = 1e-12  # x / max(‖x‖₂, EPS), as torch.nn.functional.normalize
 
 
@@ -23,6 +24,21 @@ def _panels(rows: int, columns: int) -> Iterator[slice]:
 def _wide(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return [x.to(dtype) for x in tensors]
+
+
+def _elementwise(function: Callable[..., Tensor], *xs: Tensor) -> Tensor:
+    """function(*xs), element by element, of tensors of one shape.
+
+    Where torch cuts the elements for its threads, those that don't fill a vector are computed by other code, with other
+    bits: on a CPU, what is large enough to be cut gets a length that leaves none.
+    """
+    count = xs[0].numel()
+    if count <= 1 << 15 or xs[0].device.type != "cpu":
+        return function(*xs)
+    even = xs[0].new_empty(len(xs), count + -count % EVEN)
+    for row, x in zip(even, xs, strict=True):
+        row[:count].view(x.shape).copy_(x)
+    return function(*even)[:count].view(xs[0].shape)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -98,8 +114,8 @@ def sigmoid_loss(
         s = product(x[r], y.T)
         logits = scale * s + bias
         own = logits.diagonal(offset + r.start)
-        loss += _sum(elementwise(softplus, logits)) - own.sum()  # softplus(z) - z = softplus(-z)
-        d = elementwise(torch.sigmoid, logits)
+        loss += _sum(_elementwise(softplus, logits)) - own.sum()  # softplus(z) - z = softplus(-z)
+        d = _elementwise(torch.sigmoid, logits)
         d.diagonal(offset + r.start).sub_(1)
         d.div_(max(total, 1))
         d_scale += _sum(d * s)
