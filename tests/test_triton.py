@@ -55,7 +55,7 @@ def assert_sound(launch: Launch, architecture: int, spills: bool = False) -> res
 
 
 CASES = [  # length, D, architecture
-    (32, 32, 90), (128, 32, 90), (64, 64, 90), (512, 64, 90), (64, 64, 80), (512, 64, 80), (64, 64, 100)
+    (32, 32, 90), (128, 24, 90), (128, 32, 90), (64, 64, 90), (512, 64, 90), (64, 64, 80), (512, 64, 80), (64, 64, 100)
 ]  # fmt: skip
 BLOCKS = {  # on an SM: three registers more may cost one
     (32, 32): (16, 12), (128, 32): (4, 2), (64, 64): (6, 3), (512, 64): (5, 3, 3)
