@@ -109,9 +109,10 @@ def latent_launches(rows: int, width: int, batch: int, dtype: torch.dtype = torc
 
 
 def loss_launches(
-    rows: int, columns: int, dim: int, dtype: torch.dtype = torch.bfloat16, gradients: bool = True, **options: Any
-) -> list[Launch]:
-    """What a call of info_nce launches. options: the operator's, tensors on the device "meta"."""
+    rows: int, columns: int, dim: int, dtype: torch.dtype = torch.bfloat16, gradients: bool = True,
+    learned: bool = False, **options: Any
+) -> list[Launch]:  # fmt: skip
+    """What a call of info_nce launches. learned: τ's gradient, too. options: the operator's, tensors on "meta"."""
     q, d = (torch.empty(n, dim, dtype=dtype, device="meta") for n in (rows, columns))
     defaults: dict[str, Any] = {
         "negatives": None, "positives": None, "targets": None, "rows": rows, "offset": 0, "period": columns,
@@ -122,7 +123,8 @@ def loss_launches(
         "prefixes": [], "prefix_weights": [], "metrics": False,
     }  # fmt: skip
     d_loss = torch.empty(rows, device="meta") if gradients else None
-    needs = [gradients and x is not None for x in (q, d, options.get("negatives"), options.get("positives"), q)]
+    given = q, d, options.get("negatives"), options.get("positives"), q if learned else None
+    needs = [gradients and x is not None for x in given]
     with recorded() as found:
         infonce.forward(q, d, *(defaults | options).values(), d_loss, *needs)
     return found
@@ -213,9 +215,10 @@ def latent_table() -> Iterator[tuple[str, Launch, int, Resources]]:
 
 
 def loss_calls() -> list[tuple[str, list[Launch]]]:
-    """Launches of info_nce that work on tiles: query_to_doc, and both directions, one softmax each."""
+    """Launches of info_nce that work on tiles: query_to_doc, also with τ learned; both directions, one softmax each."""
     kinds = {
         "loss": loss_launches(8192, 8192, 768),
+        "loss, τ learned": loss_launches(8192, 8192, 768, learned=True),
         "loss, both": loss_launches(8192, 8192, 768, doc_to_query=True, per_direction=True),
     }
     return [(name, [x for x in found if x.kernel is infonce.kernels.scores_kernel]) for name, found in kinds.items()]

@@ -140,7 +140,7 @@ def options_of(len_q: int, len_k: int) -> dict[str, dict[str, Any]]:
         "left": {"window": (-1, 1), "key_lengths": lengths, "relative_bias": randn(4, 2 * (len_k // 4) + 1)},
         "key_mask": {"key_mask": key_mask, "dropout_p": 0.3, "temperature": rand(low=0.3), "scale": -0.4},
         "strided": {"key_mask": key_mask.T.contiguous().T, "key_lengths": lengths.int(), "bias": bias, "softcap": 3.0},
-        "mask": {"mask": rand(2, 1, len_q, len_k) < 0.6, "dropout_p": 0.2, "bias": randn(len_q, 1)},
+        "mask": {"mask": rand(2, 1, len_q, len_k) < 0.6, "dropout_p": 0.2, "bias": randn(2, 1, len_q, 1)},
         "columns": {"mask": rand(len_k) < 0.8, "relative_bias": randn(4, 1), "temperature": rand(2, 1, 1, 1, low=0.2)},
         "far": {"causal": True, "window": (4, -1), "relative_bias": randn(4, 2 * len_k + 3), "softcap": 2.0},
         "all": {
@@ -167,6 +167,11 @@ def test_options(name: str) -> None:
 )
 def test_options_over_several_tiles(name: str, len_q: int, len_k: int, dtype: torch.dtype) -> None:
     check(inputs(2, 4, 2, len_q, len_k, 16, 8, dtype), **options_of(len_q, len_k)[name])
+
+
+def test_a_window_that_reaches_one_key_into_the_next_tile() -> None:
+    """Row 31 sees key 32 and row 32 key 31, of tiles of 32: bounds of both loops, to the last one."""
+    check(inputs(1, 1, 1, 40, 41, 8, 8, torch.float32), window=(2, 0))
 
 
 CU_Q, CU_K = [0, 5, 5, 6, 40, 60], [0, 0, 7, 9, 50, 50]
@@ -226,9 +231,9 @@ def test_large_scores() -> None:
 
 
 def test_a_rounded_delta_is_found_out() -> None:
-    """Weights on one key: their gradients are differences of what is equal, and out is rounded."""
+    """Weights on one key: their gradients are differences of what is equal, and out is rounded. Keys for two tiles."""
     dtype = DTYPES[-1]
-    q, k, v = inputs(1, 2, 2, 9, 70, 16, 16, dtype)
+    q, k, v = inputs(1, 2, 2, 9, 140, 16, 16, dtype)
     k[:, :, :9] = q[:, :, :9] * 3
     check([q * 3, k, v], temperature=torch.tensor(0.05, device=DEVICE))
 

@@ -19,11 +19,14 @@ class Tiles(NamedTuple):
     columns: int
     depth: int  # dimensions at a time
     warps: int
+    alone: int  # warps where no second tile is held beside the scores: two programs an SM
     stages: int
 
 
 # By the products: float32's are FMAs without tf32. What they compile to: docs/triton.md.
-TILES = {"half": Tiles(128, 128, 64, 8, 3), "tf32": Tiles(128, 128, 32, 8, 3), "ieee": Tiles(64, 64, 32, 8, 2)}
+TILES = {
+    "half": Tiles(128, 128, 64, 8, 4, 3), "tf32": Tiles(128, 128, 32, 8, 8, 3), "ieee": Tiles(64, 64, 32, 8, 8, 2)
+}  # fmt: skip
 # Rows go without a maximum where all logits lie within so many units: exp of less is no longer a normal number.
 BOUNDS = {torch.float32: 80.0, torch.bfloat16: 80.0, torch.float16: 8.0}
 PANEL_BYTES = 64 << 20
@@ -150,10 +153,13 @@ class Call:
         seen = sum(columns[each.columns] for each in self.passes) + (self.rows if self.mirror is not None else 0)
         self.scale = 2.0 ** (seen.bit_length() // 2)  # p is within 1 / seen and 1: the middle, for float16's range
 
-    def launch(self, kernel: Any, programs: int, *arguments: Any, tiles: bool = False, **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, programs: int, *arguments: Any, tiles: bool = False, alone: bool = False, **constants: Any
+    ) -> None:
+        warps, stages = 4, 1
         if tiles:
             constants |= {"BLOCK_R": self.tiles.rows, "BLOCK_C": self.tiles.columns, "BLOCK_D": self.tiles.depth}
-        warps, stages = (self.tiles.warps, self.tiles.stages) if tiles else (4, 1)
+            warps, stages = self.tiles.alone if alone else self.tiles.warps, self.tiles.stages
         launcher.run(kernel, programs, *arguments, **constants, warps=warps, stages=stages)
 
     def floats(self, *shape: int) -> Tensor:
@@ -240,14 +246,18 @@ class Call:
         count = self.count(each)
         numbers = kernels.Numbers(first, rows, count, each.period, self.query_period, self.strength)
         of_rows = kernels.Rows(self.inverse_tau, self.u_positive, each.key, self.query, self.threshold)
+        hardness, log_weight = self.hardness if forward else 0, self.log_weights[each.columns]
+        metrics = self.metrics and forward and tiles is not None and tiles.ndim == 3
+        alone = (
+            mode is kernels.MAXIMA or (mode is kernels.EXPONENTIALS and not self.need_temperature)
+        ) and not (hardness or metrics or self.threshold is not None)  # fmt: skip
         self.launch(
             kernels.scores_kernel, triton.cdiv(rows, self.tiles.rows) * triton.cdiv(count, self.tiles.columns), panel,
             0 if panel is None else panel.stride(0), tiles, self.sides[0][each.rows], self.sides[1][each.columns],
-            of_rows, softmax, mirror, self.log_weights[each.columns], self.width, self.guide_width, numbers, tiles=True,
-            MODE=mode.value, APART=each.apart, MIRROR_APART=self.parts > 1, HARDNESS=self.hardness if forward else 0,
-            SAME_POSITIVE=self.same_positive, SMOOTHING=self.label_smoothing != 0,
-            METRICS=self.metrics and forward and tiles is not None and tiles.ndim == 3, BLOCKS=each.period < count,
-            WITH_MOMENT=self.need_temperature, PRECISION=self.precision
+            of_rows, softmax, mirror, log_weight, self.width, self.guide_width, numbers, tiles=True, alone=alone,
+            MODE=mode.value, APART=each.apart, MIRROR_APART=self.parts > 1, HARDNESS=hardness,
+            SAME_POSITIVE=self.same_positive, SMOOTHING=self.label_smoothing != 0, METRICS=metrics,
+            BLOCKS=each.period < count, WITH_MOMENT=self.need_temperature, PRECISION=self.precision
         )  # fmt: skip
 
     def count(self, each: Pass) -> int:
