@@ -168,7 +168,8 @@ class Blocks(torch.autograd.Function):
     def forward(ctx: Any, rest: Rest, step: int, *vary: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in vary))
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in vary]
-        ctx.rest, ctx.step = replace(rest, **dict.fromkeys(Blocks.VARY)), step  # holds no vectors
+        without: dict[str, Any] = dict.fromkeys(Blocks.VARY)
+        ctx.rest, ctx.step = replace(rest, **without), step
         row_loss, of_rows = rest.q.new_empty(len(rest.t)), rest.q.new_empty(len(rest.t), 4)
         for rows in _blocks(rest, step):
             row_loss[rows], of_rows[rows] = _rows(rest, rows.start, rows.stop)
