@@ -104,6 +104,8 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
   const int64_t query = g.first + i, in_panel = query - p.panel_begin;
   const float z_positive = g.positive[i];
   const float* unit = g.anchors[0].unit + i * p.stride;
+  float norm = 1;
+  const float* positive = positive_of(p, query, row, &norm);
   float loss = 0, dz_positive = 0, z_dz = 0, by[2], d_spread[2], d_share[2];
   const float d_loss = p.d_loss ? p.d_loss[query] / float(p.parts) : 0;
   for (int64_t part = 0; part < p.parts; part++) {
@@ -132,8 +134,7 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
   }
   p.loss[query] = loss / float(p.parts);
   if (p.metrics) {  // a tie may be a rounding of the sum apart: the positive's is summed in another order
-    float norm = 1;
-    const float tie = 2e-6f * dot_of_sizes(unit, positive_of(p, query, row, &norm), p.dim);
+    const float tie = 2e-6f * dot_of_sizes(unit, positive, p.dim);
     float* metrics = p.metrics + query * 4;
     metrics[0] = !(g.best[i] - z_positive > tie);
     metrics[1] = z_positive * g.tau[i];
@@ -147,9 +148,7 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
   float* d = q.d + i * p.stride;
   if (p.sum_anchors[0]) finish_sum(p, q, 0, i, by[0], d_spread[0], d_share[0]);
   if (p.sum_anchors[1]) finish_sum(p, b, 1, i, by[p.parts - 1], d_spread[p.parts - 1], d_share[p.parts - 1]);
-  float norm = 1;
   if (p.sum_anchors[0] || p.d_positives) {
-    const float* positive = positive_of(p, query, row, &norm);
     if (p.sum_anchors[0]) add(d, dz_positive, positive, p.dim);
     if (p.d_positives) {
       for (int64_t c = 0; c < p.dim; c += W) store(d_row + c, dz_positive * load(unit + c));

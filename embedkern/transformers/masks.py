@@ -84,10 +84,9 @@ def make_mask(
         return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **{**kwargs, **skips})
 
     if torch.compiler.is_compiling():
-        band, packed = _recognise_traced(mask_function, kwargs), False
+        band, packed, call = _recognise_traced(mask_function, kwargs), False, None
     else:
-        band, packed = recognise(mask_function)
-    call = None if torch.compiler.is_compiling() else packed_call.get()
+        (band, packed), call = recognise(mask_function), packed_call.get()
     if call is not None and band is not None:
         return Pattern(None, band, packed=call)
     if band is None:
