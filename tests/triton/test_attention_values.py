@@ -296,7 +296,8 @@ def test_a_row_of_nan_leaves_keys_alone_that_it_does_not_see(len_k: int) -> None
     q, k, v = inputs(1, 2, 1, 6, len_k, 8, 8, torch.float32)
     unseen = torch.arange(len_k, device=DEVICE) > len_k - 5
     mask = torch.arange(len_k, device=DEVICE) != 2
-    for options in ({"causal": True, "mask": mask}, {"mask": mask & (~unseen | (torch.arange(6) != 1)[:, None])}):
+    others = torch.arange(6, device=DEVICE)[:, None] != 1
+    for options in ({"causal": True, "mask": mask}, {"mask": mask & (~unseen | others)}):
         options["scale"] = torch.tensor(0.3, device=DEVICE)
         wanted = ours([q, k, v], 0.3, options)
         dirty = q.clone()
