@@ -1,4 +1,4 @@
-"""What only a GPU shows: pooling's CUDA kernels, and the Triton kernels as users call them."""
+"""What only a GPU shows: pooling's CUDA kernels as users call them. tests/triton runs there, too."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def test_pool(mode: str, dtype: torch.dtype) -> None:
     check(lambda h, **rest: ek.pool(h, mode, **rest), [hidden], lengths=lengths, normalize=True)
     cu_seqlens = torch.tensor([0, 5, 5, 70, 350], dtype=torch.int32, device="cuda")
     check(lambda h, **rest: ek.pool(h, mode, **rest), [torch.randn(350, 67, device="cuda")], cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("mode", POOL_MODES)
+def test_pool_of_some_tokens(mode: str) -> None:
+    """A mask with holes, tokens skipped, spans that overlap and are empty; two modes at once, truncated."""
+    hidden = torch.randn(4, 33, 96, device="cuda")
+    mask = torch.rand(4, 33, device="cuda") < 0.6
+    skip = torch.tensor([0, 3, 40, 1], device="cuda")
+    spans = torch.tensor([[0, 5], [3, 40], [7, 7], [100, 132]], device="cuda")
+    for options in ({"mask": mask, "skip": skip}, {"mask": mask, "spans": spans}, {"spans": spans}):
+        check(
+            lambda h, **rest: ek.pool(h, (mode, "mean"), truncate_dim=130, normalize=True, **rest), [hidden], **options
+        )
