@@ -85,6 +85,56 @@ struct Example {
   }
 };
 
+// What 16 bits stand for.
+double value(int bits, ek::DType dtype) {
+  const int digits = dtype == ek::DType::f16 ? 10 : 7, bias = dtype == ek::DType::f16 ? 15 : 127;
+  const int exponent = (bits & 0x7fff) >> digits, fraction = bits & ((1 << digits) - 1);
+  if (exponent > 2 * bias) return fraction ? NAN : bits & 0x8000 ? -INFINITY : INFINITY;
+  const int leading = exponent ? 1 << digits : 0;
+  const double magnitude = std::ldexp(leading + fraction, (exponent ? exponent : 1) - bias - digits);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+bool same(double a, double b) { return a == b ? std::signbit(a) == std::signbit(b) : a != a && b != b; }
+
+// Every number of 16 bits is read and written; between two of them the nearest is written, of both the even one.
+bool conversions_are_right(const ek::PoolingKernels& kernels, ek::DType dtype) {
+  constexpr int all = 1 << 16;
+  const int infinite = dtype == ek::DType::f16 ? 0x7c00 : 0x7f80;
+  const double past_the_last = dtype == ek::DType::f16 ? 0x1p16 : 0x1p128;
+  const int64_t mode = ek::cls;
+  std::vector<uint16_t> hidden(all), out(all);
+  std::vector<float> pooled(all, nan), scratch(ek::pool_scratch_floats);
+  for (int i = 0; i < all; i++) hidden[size_t(i)] = uint16_t(i);
+  ek::PoolSegment segment = {0, 1, 0, 0, 0, 1};
+  ek::PoolParams p{};
+  p.segments = p.rows = p.length = p.modes = 1, p.channels = p.out_channels = p.stride_b = p.stride_t = all;
+  p.mode = &mode, p.dtype = dtype, p.hidden = hidden.data(), p.segment = &segment;
+  p.out = out.data(), p.pooled = pooled.data();
+  for (int64_t block = 0; block * ek::pool_block < all; block++) kernels.pool(p, 0, block, scratch.data());
+  kernels.normalize(p, 0);
+  bool right = true;
+  for (int i = 0; i < all; i++) {
+    right &= same(pooled[size_t(i)], value(i, dtype)) && same(value(out[size_t(i)], dtype), value(i, dtype));
+  }
+  for (const int side : {-1, 0, 1}) {  // of the middle between a number and the next one
+    const auto finite = [&](int i) { return (i & 0x7fff) < infinite; };
+    for (int i = 0; i < all; i++) {
+      if (!finite(i)) continue;
+      const int bits = i & 0x7fff;
+      const double next = bits + 1 == infinite ? past_the_last : value(bits + 1, dtype);
+      const float middle = float((value(bits, dtype) + next) / 2);
+      const float x = side == 0 ? middle : std::nextafter(middle, side < 0 ? 0 : INFINITY);
+      pooled[size_t(i)] = bits == i ? x : -x;
+    }
+    kernels.normalize(p, 0);
+    for (int i = 0; i < all; i++) {
+      if (finite(i)) right &= out[size_t(i)] == i + (side > 0 || (side == 0 && i & 1));
+    }
+  }
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -92,5 +142,7 @@ int main() {
     Example example({ek::mean, ek::max});
     example.run(variant.pooling);
     naive::report(variant.name + " mean and max", example.is_right());
+    naive::report(variant.name + " bfloat16", conversions_are_right(variant.pooling, ek::DType::bf16));
+    naive::report(variant.name + " float16", conversions_are_right(variant.pooling, ek::DType::f16));
   });
 }
