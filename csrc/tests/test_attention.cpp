@@ -9,12 +9,16 @@ using namespace ek;
 
 static int failures = 0;  // of one variant
 
-// (B, L, H, D) in memory, NaN between the heads' rows; exactly as large as it must be, so that a sanitizer sees more.
+// (B, L, H, D) in memory, NaN between the heads' rows; exactly as large as it must be, so that a sanitizer sees more,
+// but for room to align rows of 16 numbers, or a multiple of that, to 64 bytes.
 struct Rows {
+  int64_t length, heads, dim, apart;
   std::vector<float> x;
-  int64_t length, heads, dim;
-  Rows(int64_t batch, int64_t l, int64_t h, int64_t d, float fill)
-      : x(size_t(batch * l * h * (d + 3))), length(l), heads(h), dim(d) {
+  float* first;
+  Rows(int64_t batch, int64_t l, int64_t h, int64_t d, float fill, bool aligned = false)
+      : length(l), heads(h), dim(d), apart(d + (aligned ? 16 : 3)), x(size_t(batch * l * h * apart)) {
+    if (aligned) x.resize(x.size() + 15);
+    first = aligned ? x.data() + -(reinterpret_cast<uintptr_t>(x.data()) / 4) % 16 : x.data();
     for (float& value : x) value = NAN;
     for (int64_t b = 0; b < batch; b++) {
       for (int64_t t = 0; t < l; t++) {
@@ -25,12 +29,12 @@ struct Rows {
       }
     }
   }
-  float* at(int64_t b, int64_t h, int64_t t) { return x.data() + ((b * length + t) * heads + h) * (dim + 3); }
+  float* at(int64_t b, int64_t h, int64_t t) { return first + ((b * length + t) * heads + h) * apart; }
   Strided strided(DType dtype = DType::f32) {
     if (x.empty()) return {};
     if (dtype == DType::bf16) bf16 = naive::as_bf16(x);
-    return {dtype == DType::f32 ? static_cast<void*>(x.data()) : bf16.data(), length * heads * (dim + 3), dim + 3,
-            heads * (dim + 3)};
+    void* data = dtype == DType::f32 ? static_cast<void*>(first) : bf16.data() + (first - x.data());
+    return {data, length * heads * apart, apart, heads * apart};
   }
   std::vector<uint16_t> bf16;  // what kernels see of x with that type
 };
@@ -47,14 +51,14 @@ static void check(const char* what, const std::vector<int64_t>& shape, double go
 static std::vector<double> zeros(int64_t n) { return std::vector<double>(static_cast<size_t>(n)); }
 
 static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int64_t lq, int64_t lk, int64_t d,
-                    int64_t dv, int holes, DType dtype) {
+                    int64_t dv, int holes, DType dtype, bool large = false) {
   const int64_t batch = 2, heads = group * kv_heads;
   tolerance = dtype == DType::f32 ? 2e-5 : 8e-3;
   const std::vector<int64_t> shape = {group, kv_heads, lq, lk, d, dv, holes};
   Rows q(batch, lq, heads, d, 0), k(batch, lk, kv_heads, d, 0), v(batch, lk, kv_heads, dv, 0),
       d_out(batch, lq, heads, dv, 0);
-  Rows out(batch, lq, heads, dv, NAN), dq(batch, lq, heads, d, NAN), dk(batch, lk, kv_heads, d, NAN),
-      dvalue(batch, lk, kv_heads, dv, NAN);
+  Rows out(batch, lq, heads, dv, NAN, large), dq(batch, lq, heads, d, NAN, large),
+      dk(batch, lk, kv_heads, d, NAN, large), dvalue(batch, lk, kv_heads, dv, NAN, large);
   Rows tau(batch, lq, heads, 1, 0), d_lse(batch, lq, heads, 1, 0), lse(batch, lq, heads, 1, NAN),
       d_tau(batch, lq, heads, 1, NAN), d_scale(batch, lq, heads, 1, NAN);
   AttentionParams p{};
@@ -63,6 +67,7 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
   p.dim = d;
   p.dim_v = dv;
   p.dtype = dtype;
+  p.large = large;
   p.scale_number = 0.7f;
   p.out = out.strided(dtype), p.d_out = d_out.strided(dtype);
   p.d_query = dq.strided(dtype), p.d_key = dk.strided(dtype), p.d_value = dvalue.strided(dtype);
@@ -159,6 +164,7 @@ int main() {
     for (DType dtype : {DType::f32, DType::bf16}) {
       for (int holes = 0; holes < 3; holes++) {
         for (int64_t n : {1, 2, 7, 16, 33}) compare(variant, 1, 2, n, n, 8, 8, holes, dtype);
+        for (bool large : {false, true}) compare(variant, 1, 2, 33, 29, 32, 48, holes, dtype, large);  // whole vectors
         compare(variant, 2, 2, 13, 29, 24, 40, holes, dtype);
         compare(variant, 3, 1, 70, 9, 256, 8, holes, dtype);
         compare(variant, 1, 1, 5, 400, 8, 256, holes, dtype);
