@@ -42,7 +42,8 @@ struct Rows {
 static double tolerance;
 
 static void check(const char* what, const std::vector<int64_t>& shape, double got, double wanted) {
-  if (naive::close(got, wanted, tolerance) || got == wanted || failures++ > 20) return;  // ==: infinities
+  const bool both_nan = got != got && wanted != wanted;
+  if (naive::close(got, wanted, tolerance) || got == wanted || both_nan || failures++ > 20) return;  // ==: infinities
   std::printf("%s: got %g, wanted %g; shape", what, got, wanted);
   for (int64_t n : shape) std::printf(" %lld", static_cast<long long>(n));
   std::printf("\n");
@@ -51,7 +52,7 @@ static void check(const char* what, const std::vector<int64_t>& shape, double go
 static std::vector<double> zeros(int64_t n) { return std::vector<double>(static_cast<size_t>(n)); }
 
 static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int64_t lq, int64_t lk, int64_t d,
-                    int64_t dv, int holes, DType dtype, bool large = false) {
+                    int64_t dv, int holes, DType dtype, bool large = false, bool with_nan = false) {
   const int64_t batch = 2, heads = group * kv_heads;
   tolerance = dtype == DType::f32 ? 2e-5 : 8e-3;
   const std::vector<int64_t> shape = {group, kv_heads, lq, lk, d, dv, holes};
@@ -89,6 +90,7 @@ static void compare(const Variant& variant, int64_t group, int64_t kv_heads, int
         for (int64_t c = 0; !visible[size_t(j)] && c < dv; c++) v.at(b, h, j)[c] = NAN;
       }
     }
+    for (int64_t h = 0; with_nan && h < kv_heads; h++) k.at(b, h, list.back())[0] = NAN;
     for (int64_t h = 0; h < heads; h++) {
       for (int64_t i = 0; i < lq; i++) *tau.at(b, h, i) += 0.6f;  // in [0.1, 1.1]
     }
@@ -170,6 +172,7 @@ int main() {
         compare(variant, 1, 1, 5, 400, 8, 256, holes, dtype);
         compare(variant, 4, 1, 250, 67, 16, 8, holes, dtype);
       }
+      compare(variant, 1, 2, 13, 29, 24, 40, 0, dtype, false, true);
       compare(variant, 1, 1, 1, 0, 8, 8, 0, dtype);
       compare(variant, 1, 1, 0, 3, 8, 8, 0, dtype);
     }
