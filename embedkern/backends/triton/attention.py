@@ -13,7 +13,7 @@ from ... import schema
 from . import attention_bias_kernels as bias_kernels
 from . import attention_kernels as kernels
 from . import launcher
-from .attention_tiles import Numbers, Options, View
+from .attention_tiles import EIGHT, YES, Numbers, Options, View
 
 
 class Tiles(NamedTuple):
@@ -52,9 +52,7 @@ WHOLE = {
         Tiles((ANY, 64, 64), 64, 64, 4, 1),
         Tiles((ANY, 64, 128), 64, 64, 4, 1, large=True),
         Tiles((ANY, 64, 128), 32, 64, 4, 1, True),
-        Tiles((ANY, 128, 24), 128, 128, 8, 1, large=True),
         Tiles((ANY, 128, 32), 64, 128, 4, 1),
-        Tiles((ANY, 128, 56), 32, 128, 8, 1, True),
         Tiles((ANY, 128, 64), 128, 128, 8, 1, large=True),
         Tiles((ANY, 128, 64), 32, 128, 8, 1, True),
     ),
@@ -107,6 +105,13 @@ def _view(x: Tensor, packed: bool) -> View:
     return View(x, *x.stride())
 
 
+def _vectors(x: Tensor, packed: bool) -> View:
+    """The same of what is read and written by the row."""
+    view = _view(x, packed)
+    even = x.data_ptr() % 16 == 0 and all(s % EIGHT.value == 0 for s in (view.batch, view.head, view.row))
+    return view._replace(even=YES) if even else view
+
+
 def _broadcast(x: Tensor | None, shape: Sequence[int]) -> View | None:
     return None if x is None else _view(x.expand(shape), len(shape) == 3)
 
@@ -153,7 +158,7 @@ class _Call:
             causal or left is not None or right is not None or any(x is not None for x in (mask, bias, relative_bias))
         )
         self.dims = query.shape[-1], value.shape[-1]
-        self.inputs = tuple(_view(x, packed) for x in (query, key, value))
+        self.inputs = tuple(_vectors(x, packed) for x in (query, key, value))
         self.options = Options(
             key_lengths,
             None if key_mask is None else View(key_mask, key_mask.stride(0), 0, 0, key_mask.stride(1)),
@@ -225,7 +230,7 @@ def _run_forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tu
         call.launch(
             kernels.forward_kernel,
             call.programs(call.len_q, tiles.queries) * call.heads,
-            _view(out, call.packed), lse, statistics if statistics.numel() > 0 else None, *call.inputs, call.options,
+            _vectors(out, call.packed), lse, statistics if statistics.numel() > 0 else None, *call.inputs, call.options,
             call.numbers, lse.numel(), tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys, BY_ROW=call.by_row,
             ONE_TILE=one_tile
         )  # fmt: skip
@@ -248,7 +253,7 @@ def _run_backward(
     if query.numel() == 0 or call.batch == 0 or call.len_k == 0:
         return tuple(g.zero_() for g in gradients)
     d_query, d_key, d_value = (
-        _view(g, call.packed) if need else None
+        _vectors(g, call.packed) if need else None
         for g, need in zip(gradients, (need_query, need_key, need_value), strict=False)
     )
     rows = query.shape[:-1].numel()
@@ -257,7 +262,7 @@ def _run_backward(
         for need in (need_temperature, need_scale)
     ]
     d_lse = None if d_lse is None else d_lse.float().contiguous()
-    upstream = _view(d_out, call.packed), d_lse, *call.inputs, call.options, call.numbers, rows
+    upstream = _vectors(d_out, call.packed), d_lse, *call.inputs, call.options, call.numbers, rows
     mean = (call.len_q // call.batch, call.len_k // call.batch) if call.packed else (call.len_q, call.len_k)
     shorter = -1
     delta = None if statistics is None else statistics.new_empty(rows)
@@ -277,8 +282,8 @@ def _run_backward(
             assert out is not None
             call.launch(
                 kernels.queries_kernel, call.programs(call.len_q, tiles.queries) * call.heads, d_query, *by_row, delta,
-                _view(out, call.packed), statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries, BLOCK_K=tiles.keys,
-                BY_ROW=call.by_row, SHORTER=shorter, ROUNDING=_rounding(call, query.dtype)
+                _vectors(out, call.packed), statistics, *upstream, tiles=tiles, BLOCK_Q=tiles.queries,
+                BLOCK_K=tiles.keys, BY_ROW=call.by_row, SHORTER=shorter, ROUNDING=_rounding(call, query.dtype)
             )  # fmt: skip
             tiles = choose(KEYS, call, *mean)
             assert tiles is not None
