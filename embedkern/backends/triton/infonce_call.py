@@ -248,9 +248,9 @@ class Call:
         of_rows = kernels.Rows(self.inverse_tau, self.u_positive, each.key, self.query, self.threshold)
         hardness, log_weight = self.hardness if forward else 0, self.log_weights[each.columns]
         metrics = self.metrics and forward and tiles is not None and tiles.ndim == 3
-        alone = (
-            mode is kernels.MAXIMA or (mode is kernels.EXPONENTIALS and not self.need_temperature)
-        ) and not (hardness or metrics or self.threshold is not None)  # fmt: skip
+        # MAXIMA, which have work for few rows, spilled 32 to 336 bytes with labels.
+        few = not self.labels if mode is kernels.MAXIMA else mode is kernels.EXPONENTIALS and not self.need_temperature
+        alone = few and not (hardness or metrics or self.threshold is not None)
         self.launch(
             kernels.scores_kernel, triton.cdiv(rows, self.tiles.rows) * triton.cdiv(count, self.tiles.columns), panel,
             0 if panel is None else panel.stride(0), tiles, self.sides[0][each.rows], self.sides[1][each.columns],

@@ -257,6 +257,8 @@ def scores_kernel(
         _store_sums(
             tiles + at, slot, e, z, u, positive, same, keep, 1, SMOOTHING, SAME_POSITIVE, WITH_MOMENT
         )  # fmt: skip
+        # Read again: on sm_100 a thread has a row's columns, and held over the sums their factors spilled.
+        column_factor = tl.load(column_side.factor + columns, mask=inside, other=0.0)
         _store_panel(panel, stride, in_panel, first_column, e * column_factor[None, :], pair)
     else:
         top, e = _exponentials(z, 1)
