@@ -56,7 +56,7 @@ class Resources:
     shared: int
     blocks: int  # on an SM at once
     wgmma: int
-    waits: int  # for wgmma: as many as there are means one after another
+    waits: int  # wgmma waited for before the next begins
 
     @property
     def serialised(self) -> bool:
@@ -192,9 +192,10 @@ def resources(launch: Launch, architecture: int) -> Resources:
         (SHARED[architecture] + 1024) // (shared + 1024)
     )  # fmt: skip
     spilled = bool(re.search(r"\b(LDL|STL)\b", code))
+    order = re.findall(r"\bHGMMA|WARPGROUP\.DEPBAR", code)
     return Resources(
-        registers, max(stack, int(spilled)), shared, blocks, len(re.findall(r"\bHGMMA", code)),
-        len(re.findall(r"WARPGROUP\.DEPBAR", code))
+        registers, max(stack, int(spilled)), shared, blocks, order.count("HGMMA"),
+        sum(each == "HGMMA" != following for each, following in itertools.pairwise(order))
     )  # fmt: skip
 
 
