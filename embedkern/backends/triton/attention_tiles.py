@@ -139,7 +139,7 @@ def pointers(view, b, h, first, rows, columns):
 @triton.jit
 def _elements(view, b, h, first, rows, columns):
     """pointers, for 16 bytes at a time. Triton only looks whether 16 divides a stride; where 8 does, as at D = 72,
-    single elements went through registers, which ran out: 1.6 to 2.8 times as long by a replay of the code."""
+    single elements went through registers, which ran out: 1.5 to 2.9 times as long by a replay of the code."""
     start = view.data + first * view.row + b.to(tl.int64) * view.batch + h.to(tl.int64) * view.head
     of_row = rows * view.row
     if view.even:
