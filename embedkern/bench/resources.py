@@ -135,8 +135,11 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches are noted down instead of made."""
     found: list[Launch] = []
 
-    def record(kernel: Any, programs: int, *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    def record(
+        kernel: Any, programs: int, *arguments: Any, warps: int, stages: int, registers: int | None = None,
+        **constants: Any
+    ) -> None:  # fmt: skip
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": registers}
         found.append(Launch(kernel, arguments, constants | options))
 
     usual, launcher.run = launcher.run, record

@@ -26,6 +26,7 @@ class Tiles(NamedTuple):
     stages: int
     keys_first: bool = False  # tiles keys × queries, of backward
     large: bool = False  # only for GPUs with wgmma or tcgen05 and 227 KiB of shared memory; others may have 99 KiB
+    registers: int | None = None  # a thread has at most, for one block more on an SM
 
 
 ANY = 1 << 30
@@ -61,6 +62,8 @@ WHOLE = {
 QUERIES = {
     2: (
         Tiles((ANY, ANY, 32), 64, 32, 4, 3),
+        # Triton 3.6 takes 172 otherwise: two blocks, and 1.3 times as long by a replay of the code
+        Tiles((ANY, ANY, 64), 64, 32, 4, 3, large=True, registers=168),
         Tiles((ANY, ANY, 128), 64, 32, 4, 3, large=True),
         Tiles((ANY, ANY, 128), 64, 32, 4, 2),
         Tiles((ANY, ANY, 256), 128, 32, 8, 2, large=True),
@@ -202,8 +205,9 @@ class _Call:
 
     def launch(self, kernel: Any, programs: int, *arguments: Any, tiles: Tiles, **constants: Any) -> None:
         launcher.run(
-            kernel, programs, *arguments, **self.constants, **constants, warps=tiles.warps, stages=tiles.stages
-        )
+            kernel, programs, *arguments, **self.constants, **constants, warps=tiles.warps, stages=tiles.stages,
+            registers=tiles.registers
+        )  # fmt: skip
 
 
 def _results(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:

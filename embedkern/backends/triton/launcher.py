@@ -21,6 +21,8 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 and dtype == torch.float32 else "ieee"
 
 
-def run(kernel: Any, programs: int, *arguments: Any, warps: int, stages: int, **constants: Any) -> None:
-    options = {} if INTERPRETED else {"enable_fp_fusion": True}
+def run(
+    kernel: Any, programs: int, *arguments: Any, warps: int, stages: int, registers: int | None = None, **constants: Any
+) -> None:
+    options: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True, "maxnreg": registers}
     kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, **options)
