@@ -6,7 +6,9 @@ BUILD := build
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := $(wildcard csrc/*.h csrc/*/*) CMakeLists.txt setup.py
 
-.PHONY: demo test test-python test-cpp lint bench gpu-check docs format clean
+TRITON := 3.6.0
+
+.PHONY: demo test test-python test-cpp test-triton lint bench gpu-check docs format clean
 
 demo: $(VENV)/native
 	$(BIN)/embedkern demo $(ARGS)
@@ -23,6 +25,11 @@ test-cpp: $(VENV)/native
 	cmake -S . -B $(BUILD)/sanitized -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DEK_TESTS=ON -DEK_SANITIZE=ON
 	cmake --build $(BUILD)/sanitized
 	ctest --test-dir $(BUILD)/sanitized --output-on-failure
+
+# What the Triton kernels compile to with another version; the interpreter of versions below 3.9 needs NumPy < 2.4.
+test-triton: $(VENV)/native
+	$(BIN)/pip install --quiet --no-deps --target $(BUILD)/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/$(BUILD)/triton-$(TRITON) $(BIN)/python -m pytest tests/test_triton.py -k "not interpreter"
 
 lint: $(VENV)/native
 	$(BIN)/ruff check .

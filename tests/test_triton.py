@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 from embedkern.backends.triton import attention
 from embedkern.bench import resources
 from embedkern.bench.resources import Launch, launches, loss_launches
@@ -132,7 +132,9 @@ def test_loss_without_spills(architecture: int) -> None:
     found = {**loss_kernels(), **{name: symmetric[name] for name in ("statistics", "coefficients")}}
     assert set(found) == {"vectors", "positive", "maxima", "exponentials", "combine", "gradient", *LOSS[1:3]}
     for name in LOSS if architecture == 90 else LOSS[:1]:
-        got = assert_sound(found[name], architecture)
+        # 8 bytes of Triton 3.6's, outside the loop
+        got = assert_sound(found[name], architecture, spills=architecture == 80 and triton.__version__ < "3.9")
+        assert got.stack <= 8, f"{name}: {got}"
         assert got.blocks >= 2 or name in LOSS[1:3], f"{name}: {got}"
         if architecture == 90:
             assert (got.wgmma > 0) == (name in LOSS[:3]), f"{name}: {got}"
@@ -155,8 +157,8 @@ def test_every_loss_kernel(request: pytest.FixtureRequest, dtype: torch.dtype, a
     for options in (*few, {"learned": True, **loss_options(1000, 1200, 768)}):
         for launch in loss_kernels(dtype, **options).values():
             # A thread of sm_100 has a row's columns and compares 128 labels: 128 bytes behind the products, where eight
-            # warps would leave no second program to hide 1.5 times the products' time.
-            wide = architecture == 100 and "query_labels" in options and launch.name == "exponentials"
+            # warps would leave no second program to hide 1.5 times the products' time. On sm_80 8, outside the loop.
+            wide = architecture != 90 and "query_labels" in options and launch.name == "exponentials"
             assert_sound(launch, architecture, spills=dtype == FP32 or "hardness" in options or wide)
 
 

@@ -254,8 +254,8 @@ class Call:
         self.launch(
             kernels.scores_kernel, triton.cdiv(rows, self.tiles.rows) * triton.cdiv(count, self.tiles.columns), panel,
             0 if panel is None else panel.stride(0), tiles, self.sides[0][each.rows], self.sides[1][each.columns],
-            of_rows, softmax, mirror, log_weight, self.width, self.guide_width, numbers, tiles=True, alone=alone,
-            MODE=mode.value, APART=each.apart, MIRROR_APART=self.parts > 1, HARDNESS=hardness,
+            of_rows, softmax, mirror or kernels.Mirror(), log_weight, self.width, self.guide_width, numbers,
+            tiles=True, alone=alone, MODE=mode.value, APART=each.apart, MIRROR_APART=self.parts > 1, HARDNESS=hardness,
             SAME_POSITIVE=self.same_positive, SMOOTHING=self.label_smoothing != 0, METRICS=metrics,
             BLOCKS=each.period < count, WITH_MOMENT=self.need_temperature, PRECISION=self.precision
         )  # fmt: skip

@@ -60,9 +60,9 @@ class Softmax(NamedTuple):
 class Mirror(NamedTuple):
     """doc_to_query among the same pairs: its rows are the tile's columns, and its columns the tile's rows."""
 
-    rows: Any
-    tiles: Any
-    softmax: Any
+    rows: Any = None  # without one; Triton 3.6 can't ask whether a tuple that holds None is None
+    tiles: Any = None
+    softmax: Any = None
 
 
 class Numbers(NamedTuple):
@@ -184,7 +184,7 @@ def scores_kernel(
         hidden = hidden | own
     same = hidden & ~hidden
     hidden_of_mirror = same
-    if mirror is not None:
+    if mirror.rows is not None:
         mirrored = columns < mirror.rows
         hidden_of_mirror = ~(keep[:, None] & mirrored[None, :])
         if MIRROR_APART:
@@ -206,7 +206,7 @@ def scores_kernel(
         guided = guided * tl.load(column_side.guide_factor + columns, mask=inside, other=0.0)[None, :]
         threshold = tl.load(of_rows.threshold + rows, mask=keep, other=0.0)
         hidden = hidden | ((guided > threshold[:, None]) & ~same & ~own)
-        if mirror is not None:
+        if mirror.rows is not None:
             threshold = tl.load(of_rows.threshold + columns, mask=mirrored, other=0.0)
             hidden_of_mirror = hidden_of_mirror | ((guided > threshold[None, :]) & ~same & ~own)
     z = u
@@ -227,7 +227,7 @@ def scores_kernel(
     if log_weight is None and HARDNESS == 0:
         u = z  # the same where it is visible, and one tile less to hold
 
-    if mirror is not None:
+    if mirror.rows is not None:
         inverse_tau = tl.load(of_rows.inverse_tau + columns, mask=mirrored, other=0.0)
         of_mirror = products * row_factor[:, None] * (column_factor * inverse_tau)[None, :]
         of_mirror = tl.where(hidden_of_mirror, -float("inf"), of_mirror)
@@ -247,7 +247,7 @@ def scores_kernel(
         tl.store(tiles + at, tl.max(z, 1), mask=keep)
     elif MODE == COEFFICIENTS:
         entry = _entry(softmax, rows, keep, z, same, 1, SMOOTHING, SAME_POSITIVE)
-        if mirror is not None:
+        if mirror.rows is not None:
             entry += _entry(mirror.softmax, columns, mirrored, of_mirror, same, 0, SMOOTHING, SAME_POSITIVE)
         entry = entry * row_factor[:, None] * column_factor[None, :]
         _store_panel(panel, stride, in_panel, first_column, entry, pair)
