@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
+
 from embedkern.backends.triton import attention
 from embedkern.bench import resources
 from embedkern.bench.resources import Launch, launches, loss_launches
