@@ -132,14 +132,8 @@ def row_number(b, h, first_q, rows, opt, n):
 
 @triton.jit
 def pointers(view, b, h, first, rows, columns):
-    head = view.data + b.to(tl.int64) * view.batch + h.to(tl.int64) * view.head + first * view.row
-    return head + rows * view.row + columns * view.column
-
-
-@triton.jit
-def _elements(view, b, h, first, rows, columns):
-    """pointers, for 16 bytes at a time. Triton only looks whether 16 divides a stride; where 8 does, as at D = 72,
-    single elements went through registers, which ran out: 1.5 to 2.9 times as long by a replay of the code."""
+    """For 16 bytes at a time where `view` is even. Triton only looks whether 16 divides a stride; where 8 does, as at
+    D = 72, single elements went through registers, which ran out: 1.5 to 2.9 times as long by a replay of the code."""
     start = view.data + first * view.row + b.to(tl.int64) * view.batch + h.to(tl.int64) * view.head
     of_row = rows * view.row
     if view.even:
@@ -156,7 +150,7 @@ def load(view, b, h, first, keep, DIM: tl.constexpr, BLOCK: tl.constexpr):
     inside = keep[:, None]
     if DIM < BLOCK:
         inside = inside & (columns < DIM)
-    return tl.load(_elements(view, b, h, first, rows, columns), mask=inside, other=0.0)
+    return tl.load(pointers(view, b, h, first, rows, columns), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -166,7 +160,7 @@ def store(view, b, h, first, keep, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
     inside = keep[:, None]
     if DIM < BLOCK:
         inside = inside & (columns < DIM)
-    tl.store(_elements(view, b, h, first, rows, columns), x.to(view.data.dtype.element_ty), mask=inside)
+    tl.store(pointers(view, b, h, first, rows, columns), x.to(view.data.dtype.element_ty), mask=inside)
 
 
 @triton.jit
