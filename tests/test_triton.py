@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from embedkern.bench import resources
 from embedkern.bench.resources import Launch, launches, loss_launches
 
 BF16, FP32 = torch.bfloat16, torch.float32
+ANY = math.inf  # of local memory
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
@@ -46,13 +48,13 @@ def every_option(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def assert_sound(launch: Launch, architecture: int, spills: bool = False) -> resources.Resources:
-    """It fits the device; without `spills` nothing is in local memory; wgmma where tiles have 64 rows, overlapping."""
+def assert_sound(launch: Launch, architecture: int, local: float = 0) -> resources.Resources:
+    """It fits the device; at most `local` bytes are in local memory; wgmma where tiles have 64 rows, overlapping."""
     got = resources.resources(launch, architecture)
     what = f"{launch.name} {launch.tiles} for sm_{architecture}: {got}"
     assert got.blocks >= 1, what
     assert got.shared <= resources.SHARED[architecture], what
-    assert spills or got.stack == 0, what
+    assert got.stack <= local, what
     assert not got.serialised, what
     return got
 
@@ -96,7 +98,7 @@ def test_strides_that_eight_divides() -> None:
 def test_every_option_compiles() -> None:
     """With all options at once registers run out: local memory is allowed."""
     for launch in launches((64, 64), (32, 32), **every_option(64)):
-        assert_sound(launch, 90, spills=True)
+        assert_sound(launch, 90, ANY)
 
 
 def test_packed_batches_compile() -> None:
@@ -106,7 +108,7 @@ def test_packed_batches_compile() -> None:
     names = [launch.name for launch in found]
     assert names == ["forward", "whole", "whole", "whole", "queries", "keys", "relative_bias"]
     for launch in (found[0], found[1], found[5]):
-        assert_sound(launch, 90, spills=True)
+        assert_sound(launch, 90, ANY)
 
 
 def loss_options(rows: int, columns: int, dim: int) -> dict[str, Any]:
@@ -134,9 +136,9 @@ def test_loss_without_spills(architecture: int) -> None:
     found = {**loss_kernels(), **{name: symmetric[name] for name in ("statistics", "coefficients")}}
     assert set(found) == {"vectors", "positive", "maxima", "exponentials", "combine", "gradient", *LOSS[1:3]}
     for name in LOSS if architecture == 90 else LOSS[:1]:
-        # 8 bytes of Triton 3.6's, outside the loop
-        got = assert_sound(found[name], architecture, spills=architecture == 80 and triton.__version__ < "3.9")
-        assert got.stack <= 8, f"{name}: {got}"
+        # Triton 3.6: outside the loop
+        local = 8 if architecture == 80 and triton.__version__.startswith("3.6.") else 0
+        got = assert_sound(found[name], architecture, local)
         assert got.blocks >= 2 or name in LOSS[1:3], f"{name}: {got}"
         if architecture == 90:
             assert (got.wgmma > 0) == (name in LOSS[:3]), f"{name}: {got}"
@@ -146,7 +148,7 @@ def test_loss_with_every_option_compiles() -> None:
     """Registers run out: local memory is allowed."""
     found = loss_kernels(learned=True, **loss_options(1000, 1200, 768))
     for name in ("coefficients", "negatives", "d_negatives"):
-        assert_sound(found[name], 90, spills=True)
+        assert_sound(found[name], 90, ANY)
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
@@ -160,8 +162,9 @@ def test_every_loss_kernel(request: pytest.FixtureRequest, dtype: torch.dtype, a
         for launch in loss_kernels(dtype, **options).values():
             # A thread of sm_100 has a row's columns and compares 128 labels: 128 bytes behind the products, where eight
             # warps would leave no second program to hide 1.5 times the products' time. On sm_80 8, outside the loop.
-            wide = architecture != 90 and "query_labels" in options and launch.name == "exponentials"
-            assert_sound(launch, architecture, spills=dtype == FP32 or "hardness" in options or wide)
+            with_labels = "query_labels" in options and launch.name == "exponentials"
+            local = {80: 8, 90: 0, 100: 128}[architecture] if with_labels else 0
+            assert_sound(launch, architecture, ANY if dtype == FP32 or "hardness" in options else local)
 
 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
@@ -181,9 +184,9 @@ def test_every_kernel(request: pytest.FixtureRequest, dim: int, dtype: torch.dty
         pytest.skip("minutes: --every-kernel")
     for length in (16, 32, 64, 128, 512):
         for launch in launches((length, length), (dim, dim), dtype, architecture=architecture):
-            assert_sound(launch, architecture, spills=dtype == FP32 or dim > 128)
+            assert_sound(launch, architecture, ANY if dtype == FP32 or dim > 128 else 0)
     for launch in launches((64, 64), (dim, dim), dtype, packed=True, heads=(12, 4), architecture=architecture):
-        assert_sound(launch, architecture, spills=True)
+        assert_sound(launch, architecture, ANY)
 
 
 PADDED = (16, 24, 40, 48, 56, 72, 80, 96, 104, 112, 120)
@@ -198,6 +201,4 @@ def test_dims_between(request: pytest.FixtureRequest, dim: int, length: int) -> 
     architecture = resources.ARCHITECTURES[(PADDED.index(dim) + LENGTHS.index(length)) % 3]
     for launch in launches((length, length), (dim, dim), architecture=architecture):
         # 24 bytes outside the loop: one stage needs none and is 11 % slower by a replay, tiles of 32 × 32 29 %.
-        some = architecture == 80 and dim > 64 and launch.name == "keys"
-        got = assert_sound(launch, architecture, spills=some)
-        assert got.stack <= 32, got
+        assert_sound(launch, architecture, 32 if architecture == 80 and dim > 64 and launch.name == "keys" else 0)
