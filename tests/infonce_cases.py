@@ -161,6 +161,8 @@ def check(tensors: dict[str, Any], options: dict[str, Any], frozen: tuple[str, .
     assert ours.keys() == exact.keys()
     for name in ours:
         factor = 2 if name == "loss" else 3
+        if tensors["queries"].shape[-1] < 8:
+            factor *= 2  # the products round as seldom as what multiplies them: 1 / τ, which torch divides by, lengths
         if name not in VECTORS:
             error, allowed = ((x[name].double() - exact[name]).abs().max() for x in (ours, torchs))
             scale = exact[name].abs().max()

@@ -26,13 +26,34 @@ BF16, FP32 = torch.bfloat16, torch.float32
 ANY = math.inf  # of local memory
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
-def test_values_in_the_interpreter() -> None:
-    folder = Path(__file__).parent / "triton"
-    command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+def run_values(environment: dict[str, str], *arguments: str) -> None:
+    """tests/triton in a process of its own."""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", *arguments, str(folder / "triton"), "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]), **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
+def test_values_in_the_interpreter() -> None:
+    run_values({"TRITON_INTERPRET": "1"})
+
+
+# bfloat16, which the interpreter gets wrong, wgmma and mma.sync, and the compiler's layouts
+PART = (
+    "test_shapes or test_packed_options or test_rounded_delta or 64-64-dtype1 or 128-128-dtype1 or 256-300-dtype1 "
+    "or (test_several_panels and dtype2) or test_several_panels_of_directions or (test_latent_attention and dtype2)"
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_values_of_what_is_compiled(request: pytest.FixtureRequest, architecture: int) -> None:
+    """As PTX: see tests/ptx.py. All of tests/triton takes minutes: --every-kernel."""
+    part = () if request.config.getoption("--every-kernel") else ("-k", PART)
+    run_values({"EK_ARCHITECTURE": str(architecture)}, "-p", "compiled", *part)
 
 
 def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -184,7 +205,9 @@ def test_every_kernel(request: pytest.FixtureRequest, dim: int, dtype: torch.dty
         pytest.skip("minutes: --every-kernel")
     for length in (16, 32, 64, 128, 512):
         for launch in launches((length, length), (dim, dim), dtype, architecture=architecture):
-            assert_sound(launch, architecture, ANY if dtype == FP32 or dim > 128 else 0)
+            # sm_100, D = 64: one register is stored before the loop and read behind it.
+            local = 8 if (architecture, dim, launch.name) == (100, 64, "forward") else 0
+            assert_sound(launch, architecture, ANY if dtype == FP32 or dim > 128 else local)
     for launch in launches((64, 64), (dim, dim), dtype, packed=True, heads=(12, 4), architecture=architecture):
         assert_sound(launch, architecture, ANY)
 

@@ -53,16 +53,30 @@ def versus(
     return Row(suite, work, against, a * 1e3, b * 1e3, b / a, goal)
 
 
-def gemm_peak(dtype: str = "float32", rounds: int = 8) -> float:
-    """The largest rate, in FLOP/s, of torch's matrix product over several shapes on all threads, in this run."""
+def _products(dtype: str) -> dict[str, Callable[[], object]]:
+    """torch's products of square matrices, named by their size."""
     import torch
 
-    best = 0.0
-    for n in (512, 768, 1024, 1536):
-        a, b = (torch.randn(n, n, dtype=getattr(torch, dtype)) for _ in range(2))
-        seconds = interleave({"mm": lambda a=a, b=b: a @ b}, rounds)["mm"]  # type: ignore[misc]
-        best = max(best, 2 * n**3 / min(seconds))
-    return best
+    pairs = {n: torch.randn(2, n, n, dtype=getattr(torch, dtype)) for n in (512, 768, 1024, 1536)}
+    return {str(n): lambda x=x: x[0] @ x[1] for n, x in pairs.items()}  # type: ignore[misc]
+
+
+def _largest_rate(seconds: dict[str, list[float]]) -> float:
+    return max(2 * int(n) ** 3 / min(times) for n, times in seconds.items())
+
+
+def gemm_peak(dtype: str = "float32", rounds: int = 8) -> float:
+    """The largest rate, in FLOP/s, of torch's matrix product over several shapes on all threads, in this run."""
+    return _largest_rate(interleave(_products(dtype), rounds))
+
+
+def share_of_peak(
+    suite: str, work: str, ours: Callable[[], object], flops: float, against: str, goal: str, rounds: int = 6
+) -> Row:
+    """The rate of `ours`, which is worth `flops`, by gemm_peak's measured in the same rounds: both at their best."""
+    seconds = interleave({"ours": ours, **_products("float32")}, rounds)
+    rate, peak = flops / min(seconds.pop("ours")), _largest_rate(seconds)
+    return Row(suite, work, against, rate / 1e9, peak / 1e9, rate / peak, goal, "GF/s")
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
-"""These tests run Triton's kernels: on a GPU, or with TRITON_INTERPRET=1 on the CPU, which holds for a whole process.
+"""These tests run Triton's kernels: on a GPU, with TRITON_INTERPRET=1 in Triton's interpreter, or with the plugin
+tests/compiled.py compiled and interpreted. Each holds for a whole process.
 
-tests/test_triton.py starts that process where there is no GPU.
+tests/test_triton.py starts these processes where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,4 +10,5 @@ import os
 
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["*"]
+WAYS = {"TRITON_INTERPRET", "EK_ARCHITECTURE"}
+collect_ignore_glob = [] if WAYS & set(os.environ) or torch.cuda.is_available() else ["*"]

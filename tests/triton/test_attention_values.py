@@ -313,8 +313,8 @@ def test_a_row_of_nan_leaves_keys_alone_that_it_does_not_see(len_k: int) -> None
         for result in (got, later):
             assert result["query"][:, :, 1].isnan().all()
             assert torch.equal(result["query"][:, :, rows], wanted["query"][:, :, rows])
-            for name in ("key", "value"):
-                assert torch.equal(result[name][:, :, unseen], wanted[name][:, :, unseen]), (name, list(options))
+            for name in ("key", "value"):  # made again, which a compiler may round in other places
+                torch.testing.assert_close(result[name][:, :, unseen], wanted[name][:, :, unseen], rtol=1e-6, atol=1e-7)
                 assert result[name][:, :, 2].eq(0).all()
         seen = mask & ~unseen
         assert got["key"][:, :, seen].isnan().all()
@@ -414,7 +414,7 @@ def test_operators_and_compile() -> None:
         torch.testing.assert_close(got, torch.autograd.grad(function(x, cu_seqlens), x))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_graph() -> None:
     q, k, v = (x.requires_grad_() for x in inputs(4, 4, 2, 64, 64, 32, 32, torch.float16))
     cu_seqlens = torch.tensor([0, 50, 50, 64], device=DEVICE)
@@ -429,11 +429,12 @@ def test_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [16, 64, 128, 300])
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
-def test_every_configuration_on_the_gpu(dtype: torch.dtype, length: int, dim: int) -> None:
+def test_every_configuration(dtype: torch.dtype, length: int, dim: int) -> None:
     check(inputs(3, 4, 4, length, length, dim, dim, dtype))
     cu_seqlens = torch.tensor([0, length, 2 * length, 2 * length + 5], device=DEVICE)
-    check(packed(2 * length + 5, 2 * length + 5, 4, 2, dim, dtype), cu_seqlens_q=cu_seqlens, temperature=rand(low=0.5))
+    tau = rand(2 * length + 5, 4, 1, low=0.5)
+    check(packed(2 * length + 5, 2 * length + 5, 4, 2, dim, dtype), cu_seqlens_q=cu_seqlens, temperature=tau)

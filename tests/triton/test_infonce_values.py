@@ -194,7 +194,7 @@ def test_explain() -> None:
         ek.info_nce(q, q.double(), backend="triton")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_graph() -> None:
     q, d = (randn(300, 64).half().requires_grad_() for _ in range(2))
     targets = torch.randint(300, (300,), device=DEVICE)
@@ -207,7 +207,7 @@ def test_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("dim", [64, 768, 4096])
 def test_large_on_the_gpu(dtype: torch.dtype, dim: int) -> None:

@@ -49,7 +49,7 @@ def _accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into (float32) += a · b"""
     if a.dtype == torch.float32:
         into.addmm_(a, b)
-    elif launcher.INTERPRETED:
+    elif launcher.DEVICE == "cpu":
         into.addmm_(a.float(), b.float())
     else:
         torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
