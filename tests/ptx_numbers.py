@@ -96,6 +96,7 @@ _COMPUTE: dict[str, Callable[..., Array]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2,
     "max": lambda a, b: np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b), "max.NaN": np.maximum,
     "min": lambda a, b: np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b), "min.NaN": np.minimum,
+    "max.relu": lambda a, b: np.maximum(np.maximum(a, b), 0),
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "shl": lambda a, by: _shift(a, by, True), "shr": lambda a, by: _shift(a, by, False), "bfe": _field,
     "prmt": _permute,

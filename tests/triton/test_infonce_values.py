@@ -115,6 +115,7 @@ def test_extremes() -> None:
     short["queries"][4] = 1e-15
     short["documents"][5] *= 1e15
     check(short, {})
+    check({**short, "negatives": randn(7, 2, 8) * 1e-14}, {"temperature": 1.0})
     half = {name: (x * 1e-6 if name == "queries" else x).half() for name, x in short.items() if name != "negatives"}
     half["documents"] = randn(7, 8).half() * 1000
     check(half, {"temperature": 0.1}, ("queries",))
