@@ -17,6 +17,7 @@ struct Block {
   float *q_copy, *scores;
   Panel q;
   float *key_bias, *z, *cap_slope;  // of options, null where there are none; z and cap_slope only for the backward pass
+  bool biased;                      // key_bias isn't all 0
 
   Block(const AttentionParams& p, Scratch& scratch, int64_t rows, int64_t ld, bool backward)
       : factors(scratch, rows, adjusts_scores(p) || p.d_scale.data),
@@ -28,7 +29,8 @@ struct Block {
         q{},
         key_bias(adjusts_scores(p) ? scratch.take(ld + W) : nullptr),
         z(backward && adjusts_scores(p) && p.d_temperature.data ? scratch.take(rows * ld) : nullptr),
-        cap_slope(backward && p.softcap > 0 ? scratch.take(rows * ld) : nullptr) {
+        cap_slope(backward && p.softcap > 0 ? scratch.take(rows * ld) : nullptr),
+        biased(false) {
     factors.of_all(p, rows);
   }
 };
@@ -48,10 +50,10 @@ Element<T>* elements(float* gathered) {
 
 // z = scale · q·kᵀ and what options add to it, scores = exp((z - top) / temperature), of the keys in range
 template <class T>
-void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row, int64_t m, const KeyRange& range,
-           const float* k_transposed, int64_t ld, Block& b, Ahead& ahead) {
+void weigh(const AttentionParams& p, const Row& row, int64_t m, const KeyRange& range, const float* k_transposed,
+           int64_t ld, bool direct, Block& b, Ahead& ahead) {
   b.factors.of_block(p, row, m);
-  if (in_place<T>(p, s)) {
+  if (direct) {
     b.q = {row.in<float>(p.query), p.query.stride_t};
   } else {
     b.q = {b.q_copy, row_words<T>(p.dim)};
@@ -59,14 +61,14 @@ void weigh(const AttentionParams& p, const AttentionSequence& s, const Row& row,
   }
   product<T>(false, m, round_up(range.n, W), p.dim, b.q.x, b.q.ld, 1, k_transposed + range.first, ld, b.scores, ld,
              {b.factors.scale}, ahead);
-  if (b.key_bias) adjust(p, row, m, range, b.key_bias, b.scores, b.cap_slope, ld);
+  if (b.key_bias) adjust(p, row, m, range, b.biased ? b.key_bias : nullptr, b.scores, b.cap_slope, ld);
   for (int64_t i = 0; b.z && i < m * ld; i += W) store(b.z + i, load(b.scores + i));
   exponentials(b.scores, ld, m, range.n, b.factors, b.top, b.sum);
   for (int64_t i = 0; i < m; i += W) {
     const Vec sum = load(b.sum + i);
     store(b.reciprocal + i, select(sum == 0.0f, Vec{}, 1 / sum));
   }
-  for (int64_t i = 0; b.key_bias && i < m; i++) {  // a row that sees no key: 0 · NaN would be NaN in d_k
+  for (int64_t i = 0; b.key_bias && !direct && i < m; i++) {  // a row that sees no key: 0 · NaN would be NaN in d_k
     for (int64_t c = 0; b.sum[i] == 0 && c < b.q.ld; c += W) store(b.q.x + i * b.q.ld + c, Vec{});
   }
 }
@@ -125,7 +127,7 @@ void forward_typed(const AttentionParams& p, const Rows& rows, const Rows& next,
     }
     return;
   }
-  const bool direct = in_place<T>(p, s);
+  const bool direct = in_place<T>(p, s) && (!adjusts_scores(p) || finite_keys(p.value, s, kv_head, p.dim_v));
   const int64_t block = attention_block(n, rows.count);
   Scratch scratch{memory};
   float* k_transposed = scratch.take(p.dim * ld);
@@ -135,11 +137,12 @@ void forward_typed(const AttentionParams& p, const Rows& rows, const Rows& next,
   gather<T>(p.key, s, kv_head, p.dim, nullptr, k_transposed, ld);
   if (direct) {
     v = {key_row<float>(p.value, s, kv_head, 0), p.value.stride_t};
+    if (b.key_bias) b.biased = find_key_bias<float>(s, nullptr, 0, b.key_bias);
   } else {
     gather<T>(p.value, s, kv_head, p.dim_v, v.x, nullptr, 0);
   }
-  if (b.key_bias) {
-    find_key_bias(s, elements<T>(v.x), v_words * per_word<T>, b.key_bias);
+  if (b.key_bias && !direct) {
+    b.biased = find_key_bias(s, elements<T>(v.x), v_words * per_word<T>, b.key_bias);
     finite_only(elements<T>(v.x), n * v_words * per_word<T>);
   }
   if constexpr (paired<T>) {
@@ -153,7 +156,7 @@ void forward_typed(const AttentionParams& p, const Rows& rows, const Rows& next,
     const KeyRange range(p, row, m, n);
     const int64_t tiles = gemm_tiles(m, range.n, p.dim) + gemm_tiles(m, p.dim_v, range.n);
     Ahead ahead = look_ahead<T>(p, rows, start, block, next, tiles);
-    weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
+    weigh<T>(p, row, m, range, k_transposed, ld, direct, b, ahead);
     if (p.dropout_p > 0) {
       drop(p, row, m, range, b.scores, b.scores, ld);
       scale_kept(p, m, b.reciprocal, b.reciprocal);
@@ -207,7 +210,9 @@ void backward_typed(const AttentionParams& p, const Rows& rows, const Rows& next
   const int64_t kv_head = rows.kv_head, begin = rows.first, end = begin + rows.count;
   const int64_t n = s.visible, ld = attention_stride(n);
   const int64_t dim = round_up(p.dim, W), dim_v = round_up(p.dim_v, W), block = attention_block(n, rows.count);
-  const bool direct = in_place<T>(p, s), bounded = p.window_left >= 0 || p.window_right >= 0;
+  const bool direct = in_place<T>(p, s) &&
+                      (!adjusts_scores(p) || (finite_keys(p.key, s, kv_head, p.dim) &&
+                                              finite_keys(p.value, s, kv_head, p.dim_v) && finite_queries(p, rows)));
   Scratch scratch{memory};
   const int64_t k_words = row_words<T>(p.dim), d_out_words = row_words<T>(p.dim_v);
   float *k_transposed = scratch.take(p.dim * ld), *v_transposed = scratch.take(p.dim_v * ld);
@@ -230,8 +235,8 @@ void backward_typed(const AttentionParams& p, const Rows& rows, const Rows& next
     d_k.x = part(p, s, chunk, kv_head, 0);
     d_v.x = part(p, s, chunk, kv_head, 1);
   }
-  if (b.key_bias) {
-    find_key_bias<float>(s, nullptr, 0, b.key_bias);
+  if (b.key_bias) b.biased = find_key_bias<float>(s, nullptr, 0, b.key_bias);
+  if (b.key_bias && !direct) {
     finite_only(elements<T>(k.x), n * k_words * per_word<T>);
     finite_only(elements<T>(v_transposed), p.dim_v * ld);
   }
@@ -246,11 +251,16 @@ void backward_typed(const AttentionParams& p, const Rows& rows, const Rows& next
   }
   const bool stream = streams(p, s, direct) && end - begin <= block;
   for (int64_t i = 0; i < block; i++) d_lse[i] = 0;
-  if (rows.count == 0 || bounded) {  // no block writes them, or none writes them all
-    for (int64_t j = 0; j < n; j++) {
-      for (int64_t c = 0; p.d_key.data && c < dim; c += W) store(d_k.x + j * d_k.ld + c, Vec{});
-      for (int64_t c = 0; p.d_value.data && c < dim_v; c += W) store(d_v.x + j * d_v.ld + c, Vec{});
-    }
+  int64_t from = 0, to = 0;  // the first block writes these keys' gradients, and later ones add to them
+  if (rows.count > 0) {
+    const KeyRange first(p, Row(p, s, kv_head, begin), least(block, rows.count), n);
+    from = first.first;
+    to = from + first.n;
+  }
+  for (int64_t j = 0; j < n; j++) {
+    if (j >= from && j < to) continue;
+    for (int64_t c = 0; p.d_key.data && c < dim; c += W) store(d_k.x + j * d_k.ld + c, Vec{});
+    for (int64_t c = 0; p.d_value.data && c < dim_v; c += W) store(d_v.x + j * d_v.ld + c, Vec{});
   }
 
   for (int64_t start = begin; start < end; start += block) {
@@ -270,7 +280,7 @@ void backward_typed(const AttentionParams& p, const Rows& rows, const Rows& next
     const int64_t tiles = gemm_tiles(m, range.n, p.dim) + gemm_tiles(m, range.n, p.dim_v) +
                           gemm_tiles(m, p.dim, range.n) + gemm_tiles(range.n, p.dim + p.dim_v, m);
     Ahead ahead = look_ahead<T>(p, rows, start, block, next, tiles);
-    weigh<T>(p, s, row, m, range, k_transposed, ld, b, ahead);
+    weigh<T>(p, row, m, range, k_transposed, ld, direct, b, ahead);
     const float *weights = b.scores, *reciprocal = b.reciprocal;  // as dropout leaves them
     if (p.dropout_p > 0) {                                        // in scratch that isn't needed yet
       drop(p, row, m, range, b.scores, d_scores, ld);

@@ -93,8 +93,26 @@ struct Panel {
 // or so apart, push each other out of the first-level cache, and to copy them costs little beside the products.
 template <class T>
 bool in_place(const AttentionParams& p, const AttentionSequence& s) {
-  return std::is_same<T, float>::value && p.heads == p.kv_heads && !s.key && !s.partial && !adjusts_scores(p) &&
-         s.visible <= 64 && p.dim % W == 0 && p.dim_v % W == 0;
+  return std::is_same<T, float>::value && p.heads == p.kv_heads && !s.key && !s.partial && s.visible <= 64 &&
+         p.dim % W == 0 && p.dim_v % W == 0;
+}
+
+// Whether n rows of whole vectors, stride apart, are finite. Only then do products take them in place where an option
+// may hide keys from rows: what is hidden is multiplied by 0 all the same.
+inline bool finite(const float* x, int64_t stride, int64_t n, int64_t dim) {
+  Vec total{};
+  for (int64_t i = 0; i < n; i++, x += stride) {
+    for (int64_t c = 0; c < dim; c += W) total += load(x + c) - load(x + c);
+  }
+  return sum_lanes(total) == 0;
+}
+inline bool finite_keys(const Strided& x, const AttentionSequence& s, int64_t kv_head, int64_t dim) {
+  return finite(key_row<float>(x, s, kv_head, 0), x.stride_t, s.visible, dim);
+}
+inline bool finite_queries(const AttentionParams& p, const Rows& rows) {
+  if (rows.count == 0) return true;
+  const Row row(p, *rows.s, rows.kv_head, rows.first);
+  return finite(row.in<float>(p.query), p.query.stride_t, rows.count, p.dim);
 }
 
 // What products read of T: bfloat16 stays as it is where the CPU multiplies it, everything else becomes float32.

@@ -71,24 +71,27 @@ EK_INLINE Vec tanh(Vec x) {
 }
 
 // z (m, n) = scale · q·k of the keys from range.first on → cap(z) + bias + relative_bias, -∞ where a row doesn't see
-// the key. key_bias: -∞ for a hidden key, NaN for one whose value no row that sees it may hide, else 0. cap_slope: the
-// derivative of cap, null if it isn't wanted.
+// the key. key_bias: -∞ for a hidden key, NaN for one whose value no row that sees it may hide, else 0; null: all 0.
+// cap_slope: the derivative of cap, null if it isn't wanted.
 inline void adjust(const AttentionParams& p, Row row, int64_t m, const KeyRange& range, const float* key_bias, float* z,
                    float* cap_slope, int64_t ld) {
   const int64_t n = range.n, key = row.s->k_first + range.first;  // of column 0
   for (int64_t i = 0; i < m; i++, row.next(), z += ld, cap_slope = cap_slope ? cap_slope + ld : nullptr) {
     const float* bias = p.bias.data ? at<const float>(p.bias, row, key) : nullptr;
     const float* relative = p.relative_bias ? p.relative_bias + row.h * (2 * p.reach + 1) : nullptr;
-    for (int64_t j = 0; j < n; j += W) {
-      Vec x = load(z + j);
-      if (p.softcap > 0) {
-        const Vec t = tanh(x / p.softcap);
-        x = p.softcap * t;
-        if (cap_slope) store(cap_slope + j, 1.0f - t * t);
-      }
-      if (bias) x = plus_term(x, bias_at(bias, p.bias.stride_k, j, n));
-      if (relative) x = plus_term(x, relative_at(relative, p.reach, key + j - position(row)));
-      store(z + j, plus_term(x, load(key_bias + range.first + j)));
+    for (int64_t j = 0; p.softcap > 0 && j < n; j += W) {
+      const Vec t = tanh(load(z + j) / p.softcap);
+      store(z + j, p.softcap * t);
+      if (cap_slope) store(cap_slope + j, 1.0f - t * t);
+    }
+    for (int64_t j = 0; bias && j < n; j += W) {
+      store(z + j, plus_term(load(z + j), bias_at(bias, p.bias.stride_k, j, n)));
+    }
+    for (int64_t j = 0; relative && j < n; j += W) {
+      store(z + j, plus_term(load(z + j), relative_at(relative, p.reach, key + j - position(row))));
+    }
+    for (int64_t j = 0; key_bias && j < n; j += W) {
+      store(z + j, plus_term(load(z + j), load(key_bias + range.first + j)));
     }
     if (p.mask.data) {
       const bool* mask = at<const bool>(p.mask, row, key);
@@ -148,16 +151,20 @@ void finite_only(E* x, int64_t n) {
   for (int64_t i = 0; i < n; i += W) store(x + i, select(load(x + i) - load(x + i) == 0.0f, load(x + i), Vec{}));
 }
 
-// key_bias of n visible keys. value (n, dim): what isn't finite there makes the rows that see its key NaN; null: not
-// asked.
+// key_bias of n visible keys, and whether one isn't 0. value (n, dim): what isn't finite there makes the rows that see
+// its key NaN; null: not asked.
 template <class E>
-void find_key_bias(const AttentionSequence& s, const E* value, int64_t dim, float* key_bias) {
-  for (int64_t j = 0; j < s.visible; j++) {
+bool find_key_bias(const AttentionSequence& s, const E* value, int64_t dim, float* key_bias) {
+  for (int64_t j = 0; j < s.visible + 1; j += W) store(key_bias + j, Vec{});
+  bool found = false;
+  for (int64_t j = 0; (value || s.hidden) && j < s.visible; j++) {
     Vec sum{};
     for (int64_t c = 0; value && c < dim; c += W) sum += load(value + j * dim + c) - load(value + j * dim + c);
-    key_bias[j] = s.hidden && s.hidden[s.k_first + j] != 0 ? hidden_score : sum_lanes(sum);
+    if (value) key_bias[j] = sum_lanes(sum);
+    if (s.hidden && s.hidden[s.k_first + j] != 0) key_bias[j] = hidden_score;
+    found |= key_bias[j] != 0;
   }
-  for (int64_t j = s.visible; j < s.visible + W; j++) key_bias[j] = 0;
+  return found;
 }
 
 // A bijection of 32 bits that spreads every bit over all, as _mix() in the reference.
