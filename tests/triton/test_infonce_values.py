@@ -59,7 +59,8 @@ def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=lambda case: f"{case['rows']}-{case['similarity']}")
 def test_pairs_of_options(case: dict[str, Any]) -> None:
-    check(*build(case, DEVICE), case["frozen"])
+    # With few dimensions products round as seldom as what they are multiplied with: 1 / τ, by which torch divides.
+    check(*build(case, DEVICE), case["frozen"], times=2 if case["dim"] < 8 else 1)
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.05])  # the second has a bound in float32
