@@ -66,8 +66,10 @@ NO_RESULT = (*UNTYPED, "st.", "stmatrix")
 
 
 def _together(op: str) -> int:
-    if op.startswith(("wgmma", "bar.sync")):
-        return GROUP if op[0] == "w" else 0
+    if op.startswith("bar.sync"):
+        return 0
+    if op.startswith("wgmma"):
+        return GROUP
     return LANES if ".sync" in op else 1
 
 
