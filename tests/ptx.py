@@ -288,11 +288,8 @@ class Threads:
         by = self.read(i.operands[1], "b32").reshape(-1, LANES).astype(np.int64)
         assert i.operands[2] == LANES - 1
         source = {"bfly": LANE ^ by, "idx": by % LANES}[i.name.split(".")[2]]
-        self.write(
-            i.results[0],
-            np.take_along_axis(self.read(i.operands[0], "b32").reshape(-1, LANES), source, 1).reshape(-1),
-            where,
-        )
+        value = self.read(i.operands[0], "b32").reshape(-1, LANES)
+        self.write(i.results[0], np.take_along_axis(value, source, 1).reshape(-1), where)
 
     def reduce(self, i: Instruction, where: Array | None) -> None:
         combine = {"max": np.max, "min": np.min, "add": np.sum}[i.name.split(".")[-1]]
