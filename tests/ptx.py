@@ -14,14 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from ptx_numbers import UNSIGNED, Array, compare, compute, decode, encode, halves, size_of, together
+from ptx_numbers import LANES, UNSIGNED, Array, compare, compute, decode, encode, halves, size_of, together
+from ptx_tensor_memory import COLUMNS, ROWS, elect, mbarrier, tensor_memory
 
-LANES = 32
 GROUP = 4 * LANES  # what wgmma takes together
 GUARD = 256  # bytes between tensors, which nobody may touch
 LOCAL = 1024  # bytes of local memory a thread
@@ -61,12 +61,12 @@ def _operand(text: str) -> Any:
     return text
 
 
-UNTYPED = ("bra", "ret", "bar.", "cp.async", "wgmma.", "fence")
+UNTYPED = ("bra", "ret", "bar.", "barrier.", "cp.async", "wgmma.", "fence", "mbarrier.", "tcgen05.")
 NO_RESULT = (*UNTYPED, "st.", "stmatrix")
 
 
 def _together(op: str) -> int:
-    if op.startswith("bar.sync"):
+    if op.startswith(("bar.sync", "barrier.sync")):
         return 0
     if op.startswith("wgmma"):
         return GROUP
@@ -76,7 +76,7 @@ def _together(op: str) -> int:
 def _instruction(text: str) -> Instruction:
     guard, op, rest = re.fullmatch(r"(?:@(!?%p\d+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL).groups("")  # type: ignore[union-attr]
     operands = [_operand(x) for x in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", rest)]
-    first = 0 if op.startswith(NO_RESULT) else 1
+    first = 0 if op.startswith(NO_RESULT) and not op.startswith("tcgen05.ld") else 1
     results: list[str] = []
     for each in operands[:first]:
         results += each if isinstance(each, tuple) else each.split("|")
@@ -88,6 +88,11 @@ def _instruction(text: str) -> Instruction:
 
 def parse(ptx: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions of the only kernel, and where labels are."""
+    # A loop around try_wait, or one that is skipped: what it waits for is done already.
+    wait = (
+        r"\{\s*(?:@!(%p\d+) bra\.uni skipWait;\s*)?\.reg \.pred complete;[^}]*?(mbarrier\S+) complete,([^;]*;)[^}]*\}"
+    )
+    ptx = re.sub(wait, lambda x: f"@{x[1]} {x[2]}{x[3]}" if x[1] else f"{x[2]}{x[3]}", ptx)
     entry = ptx[ptx.index(".entry") :]
     body = entry[entry.index("\n{") + 2 : entry.index("\n}")]
     body = re.sub(r"//[^\n]*|^\s*\.(loc|local|pragma|reg)\b[^\n]*", "", body, flags=re.MULTILINE)
@@ -184,6 +189,11 @@ class Threads:
             "%ctaid.x": np.repeat(programs.astype(np.uint32), block),
         }
 
+    @cached_property
+    def tensor(self) -> Array:
+        """sm_100's tensor memory, of each block."""
+        return np.full((self.count // self.block, ROWS, COLUMNS), 0xFFFFFFFF, np.uint32)
+
     def _register(self, name: str) -> Array:
         if name not in self.registers:
             dtype = REGISTERS[re.match(r"%[a-zA-Z]+", name)[0]]  # type: ignore[index]
@@ -210,7 +220,7 @@ class Threads:
 
     # -- memory --
 
-    def _place(
+    def place(
         self, address: list[Any], space: str, size: int, where: Array | None, writes: bool = False
     ) -> tuple[Array, Array]:
         """The memory, and where in it `size` bytes of each thread of `where` begin."""
@@ -234,7 +244,7 @@ class Threads:
 
     def load(self, i: Instruction, where: Array | None) -> None:
         size = size_of(i.kind) // 8
-        memory, at = self._place(i.operands[0], i.space, size * len(i.results), where)
+        memory, at = self.place(i.operands[0], i.space, size * len(i.results), where)
         for n, result in enumerate(i.results):
             loaded = memory.view(UNSIGNED[size * 8])[at // size + n]
             if where is not None:
@@ -245,7 +255,7 @@ class Threads:
     def store(self, i: Instruction, where: Array | None) -> None:
         size = size_of(i.kind) // 8
         values = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
-        memory, at = self._place(i.operands[0], i.space, size * len(values), where, writes=True)
+        memory, at = self.place(i.operands[0], i.space, size * len(values), where, writes=True)
         for n, value in enumerate(values):
             bits = self.read(value, i.kind)
             memory.view(UNSIGNED[size * 8])[at // size + n] = bits if where is None else bits[where]
@@ -257,9 +267,9 @@ class Threads:
         for step in range(0, size, 4):
             some = wanted > step if where is None else (wanted > step) & where
             data = np.zeros(self.count, np.uint32)
-            memory, at = self._place([source[0], source[1] + step], "global", 4, some)
+            memory, at = self.place([source[0], source[1] + step], "global", 4, some)
             data[some] = memory.view(np.uint32)[at // 4]
-            shared, at = self._place([to[0], to[1] + step], "shared", 4, where)
+            shared, at = self.place([to[0], to[1] + step], "shared", 4, where)
             shared.view(np.uint32)[at // 4] = data if where is None else data[where]
 
     def move_matrices(self, i: Instruction, where: Array | None) -> None:
@@ -267,7 +277,7 @@ class Threads:
         registers = i.results if i.name.startswith("ld") else i.operands[1]
         warps = np.ones((self.count // LANES, LANES), np.bool_) if where is None else where.reshape(-1, LANES)
         live, addressed = warps[:, 0], warps & (8 * len(registers) > LANE)
-        memory, rows = self._place(i.operands[0], "shared", 16, addressed.reshape(-1))
+        memory, rows = self.place(i.operands[0], "shared", 16, addressed.reshape(-1))
         rows, memory = rows.reshape(-1, len(registers), 8) // 2, memory.view(np.uint16)
         row, column = _fragment(8, 8, 2)
         if ".trans" in i.name:
@@ -292,8 +302,8 @@ class Threads:
         self.write(i.results[0], np.take_along_axis(value, source, 1).reshape(-1), where)
 
     def reduce(self, i: Instruction, where: Array | None) -> None:
-        combine = {"max": np.max, "min": np.min, "add": np.sum}[i.name.split(".")[-1]]
-        of_warp = combine(self.read(i.operands[0], i.kind).reshape(-1, LANES), 1)
+        combine = {"max": np.fmax, "min": np.fmin, "add": np.add}[i.name.split(".")[-1]]
+        of_warp = combine.reduce(self.read(i.operands[0], i.kind).reshape(-1, LANES), 1)
         self.write(i.results[0], encode(np.repeat(of_warp, LANES), i.kind), where)
 
     def multiply(self, i: Instruction, where: Array | None) -> None:
@@ -330,7 +340,11 @@ class Threads:
         """(live groups, rows, k) of 16-bit numbers, where a matrix descriptor says."""
         words = self.read(descriptor, "b64").reshape(-1, GROUP)[live]
         assert (words == words[:, :1]).all(), "not one descriptor"
-        word = words[:, 0, None, None]
+        return self.described(words[:, 0], self.first_shared[::GROUP][live], kind, rows, k, k_is_outer)
+
+    def described(self, words: Array, first: Array, kind: str, rows: int, k: int, k_is_outer: int) -> Array:
+        """(words, rows, k) of 16-bit numbers, where each matrix descriptor says, in shared memory from `first` on."""
+        word = words[:, None, None]
         start, leading, stride = (
             (word >> np.uint64(shift) & np.uint64(0x3FFF)).astype(np.int64) << 4 for shift in (0, 16, 32)
         )
@@ -345,7 +359,7 @@ class Threads:
         at = start + inner + along * leading + across * stride
         at ^= (at >> 7 & (width // 16 - 1)) << 4
         assert ((at >= 0) & (at + 2 <= self.shared_size)).all(), "outside shared"
-        at += self.first_shared[::GROUP][live][:, None, None]
+        at += first[:, None, None]
         return decode(self.shared.view(np.uint16)[at // 2], kind).astype(np.float32)
 
     # -- numbers --
@@ -393,8 +407,13 @@ class Threads:
             self.write(i.results[0], result.view(np.uint64) if "wide" in how else encode(result, i.kind), where)
 
     def calculate_halves(self, i: Instruction, where: Array | None) -> None:
-        """….bf16x2, ….f16x2: each half on its own."""
+        """….bf16x2, ….f16x2, ….f32x2: each half on its own."""
         kind, base = i.kind[:-2], i.name.split(".")
+        if kind == "f32":
+            pairs = [self.read(x, "b64").view(np.float32).reshape(-1, 2).T for x in i.operands]
+            both = np.stack([compute(i.name, *values) for values in zip(*pairs, strict=True)], -1)
+            self.write(i.results[0], both.view(np.uint64)[:, 0], where)
+            return
         pairs = [[decode(half, kind) for half in halves(self.read(x, "b32"))] for x in i.operands]
         if base[0] == "setp":
             for result, values in zip(i.results, zip(*pairs, strict=True), strict=True):
@@ -409,7 +428,7 @@ class Threads:
             self.write(
                 i.results[0], np.full(self.count, self.parameters[int(i.operands[0][0].rpartition("_")[2])]), where
             )
-        elif base in ("cp", "wgmma", "bar", "fence"):
+        elif base in ("cp", "wgmma", "bar", "barrier", "fence"):
             if i.name.endswith("shared.global"):
                 self.copy(i, where)
             elif "mma_async" in i.name:
@@ -463,7 +482,7 @@ class Threads:
 METHODS = {
     "ld": Threads.load, "st": Threads.store, "ldmatrix": Threads.move_matrices, "stmatrix": Threads.move_matrices,
     "shfl": Threads.shuffle, "redux": Threads.reduce, "mma": Threads.multiply, "mov": Threads.move,
-    "cvta": Threads.move, "cvt": Threads.convert,
+    "cvta": Threads.move, "cvt": Threads.convert, "tcgen05": tensor_memory, "mbarrier": mbarrier, "elect": elect,
 }  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+LANES = 32  # threads of a warp
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
@@ -94,8 +95,8 @@ _COMPUTE: dict[str, Callable[..., Array]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": _divide,
     "rem": lambda a, b: a - _divide(a, b) * b, "fma": _multiply_add, "mad.lo": _multiply_add,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "ex2": np.exp2, "lg2": np.log2,
-    "max": lambda a, b: np.fmax(a, b) if a.dtype.kind == "f" else np.maximum(a, b), "max.NaN": np.maximum,
-    "min": lambda a, b: np.fmin(a, b) if a.dtype.kind == "f" else np.minimum(a, b), "min.NaN": np.minimum,
+    "max": lambda *x: reduce(np.fmax if x[0].dtype.kind == "f" else np.maximum, x), "max.NaN": np.maximum,
+    "min": lambda *x: reduce(np.fmin if x[0].dtype.kind == "f" else np.minimum, x), "min.NaN": np.minimum,
     "max.relu": lambda a, b: np.maximum(np.maximum(a, b), 0),
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "shl": lambda a, by: _shift(a, by, True), "shr": lambda a, by: _shift(a, by, False), "bfe": _field,

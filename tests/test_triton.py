@@ -41,12 +41,12 @@ def test_values_in_the_interpreter() -> None:
     run_values({"TRITON_INTERPRET": "1"})
 
 
-# bfloat16, which the interpreter gets wrong, wgmma and mma.sync, and the compiler's layouts
+# bfloat16, which the interpreter gets wrong, mma.sync, wgmma and tcgen05, and the compiler's layouts
 PART = "test_shapes or test_packed_options or 64-64-dtype1 or 128-128-dtype1 or dtype2-0.02 or dtype2-absorbed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/triton runs on the GPU")
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_values_of_what_is_compiled(request: pytest.FixtureRequest, architecture: int) -> None:
     """As PTX: see tests/ptx.py. All of tests/triton takes minutes: --every-kernel."""
     part = () if request.config.getoption("--every-kernel") else ("-k", PART)
