@@ -367,11 +367,9 @@ class Threads:
     def move(self, i: Instruction, where: Array | None) -> None:
         source = i.operands[0]
         if isinstance(source, tuple):  # parts to a whole
+            wide = UNSIGNED[size_of(i.kind)]
             size = size_of(i.kind) // len(source)
-            parts = [
-                self.read(x, f"b{size}").astype(UNSIGNED[size * len(source)]) << (size * n)
-                for n, x in enumerate(source)
-            ]
+            parts = [self.read(x, f"b{size}").astype(wide) << (size * n) for n, x in enumerate(source)]
             self.write(i.results[0], np.bitwise_or.reduce(parts), where)
         else:  # a whole, or its parts
             whole = self.read(source, i.kind)
@@ -385,10 +383,10 @@ class Threads:
             self.write(i.results[0], together(low, high), where)
             return
         x = self.read(i.operands[0], i.kind)
-        assert x.dtype.kind != "f" or to[0] in "fb", "float to integer"
-        self.write(
-            i.results[0], encode(x.astype(np.float64) if to[0] in "fb" and x.dtype.kind != "f" else x, to), where
-        )
+        if to[0] in "fb" and x.dtype.kind != "f":
+            x = x.astype(np.float64)
+        assert to[0] in "fb" or x.dtype.kind != "f", "float to integer"
+        self.write(i.results[0], encode(x, to), where)
 
     def calculate(self, i: Instruction, where: Array | None) -> None:
         base, *how = i.name.split(".")
@@ -398,7 +396,10 @@ class Threads:
         if base == "selp":
             kinds[2] = "pred"
         values = [self.read(x, kind) for x, kind in zip(i.operands, kinds, strict=False)]
-        if base == "setp":
+        if "f32" in how:  # of sm_100: 16-bit numbers and, last, a float32
+            values = [*(x.astype(np.float32) for x in values[:-1]), self.read(i.operands[-1], "f32")]
+            self.write(i.results[0], encode(compute(base, *values), "f32"), where)
+        elif base == "setp":
             self.write(i.results[0], compare(how[0], *values), where)
         elif base == "selp":
             self.write(i.results[0], encode(np.where(values[2], *values[:2]), i.kind), where)
@@ -409,25 +410,21 @@ class Threads:
     def calculate_halves(self, i: Instruction, where: Array | None) -> None:
         """….bf16x2, ….f16x2, ….f32x2: each half on its own."""
         kind, base = i.kind[:-2], i.name.split(".")
-        if kind == "f32":
-            pairs = [self.read(x, "b64").view(np.float32).reshape(-1, 2).T for x in i.operands]
-            both = np.stack([compute(i.name, *values) for values in zip(*pairs, strict=True)], -1)
-            self.write(i.results[0], both.view(np.uint64)[:, 0], where)
-            return
-        pairs = [[decode(half, kind) for half in halves(self.read(x, "b32"))] for x in i.operands]
+        size = size_of(kind)
+        wholes = [self.read(x, f"b{2 * size}") for x in i.operands]
+        sides = [[decode(x >> (size * n), kind) for x in wholes] for n in (0, 1)]
         if base[0] == "setp":
-            for result, values in zip(i.results, zip(*pairs, strict=True), strict=True):
+            for result, values in zip(i.results, sides, strict=True):
                 self.write(result, compare(base[1], *values), where)
         else:
-            low, high = (encode(compute(i.name, *values), kind) for values in zip(*pairs, strict=True))
-            self.write(i.results[0], together(low, high), where)
+            low, high = (encode(compute(i.name, *values), kind).astype(UNSIGNED[2 * size]) for values in sides)
+            self.write(i.results[0], low | high << size, where)
 
     def step(self, i: Instruction, where: Array | None) -> None:
         base = i.name.split(".")[0]
         if i.name == "ld.param":
-            self.write(
-                i.results[0], np.full(self.count, self.parameters[int(i.operands[0][0].rpartition("_")[2])]), where
-            )
+            number = int(i.operands[0][0].rpartition("_")[2])
+            self.write(i.results[0], np.full(self.count, self.parameters[number]), where)
         elif base in ("cp", "wgmma", "bar", "barrier", "fence"):
             if i.name.endswith("shared.global"):
                 self.copy(i, where)
