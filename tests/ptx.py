@@ -2,9 +2,9 @@
 
 All threads of a launch go in step, those that are behind first, so that what parts in loops and branches meets again. A
 register is an array of unsigned integers over the threads; registers and shared memory begin as NaN. An AssertionError
-is: a misaligned address, one outside its tensor's memory or the block's shared memory, memory that two programs share
-and one of them writes, threads that wait for others in vain, an instruction not known here. Asynchronous copies and
-products are done at once, and no warp is ever ahead: a wait or a barrier that is missing isn't found.
+is: a misaligned address, one outside its tensor's memory or the block's shared memory, memory that another program has
+written before, threads that wait for others in vain, an instruction not known here. Asynchronous copies and products
+are done at once, and no warp is ever ahead: a wait or a barrier that is missing isn't found.
 
 Names and meanings are those of NVIDIA's PTX ISA.
 """
