@@ -315,6 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor valu
   Tensor out = empty_in_order_of(query, p.dim_v);
   std::vector<int64_t> shape(query.sizes().begin(), query.sizes().end() - 1);
   Tensor lse = torch::stable::new_empty(query, shape, ek::ScalarType::Float);
+  ek::prefer_huge_pages(out);
   p.out = strided(out);
   p.large = is_large({out});
   p.lse = strided_rows(lse);
@@ -343,6 +344,7 @@ Gradients backward(Tensor d_out, OptionalTensor d_lse, OptionalTensor /*out*/, O
   };
   Tensor d_query = wanted(need_query, query), d_key = wanted(need_key, key), d_value = wanted(need_value, value);
   Tensor d_temperature = rows_wanted(need_temperature), d_scale = rows_wanted(need_scale);
+  for (const Tensor& x : {d_query, d_key, d_value}) ek::prefer_huge_pages(x);
   p.d_out = strided(d_out);
   if (d_lse) p.d_lse = strided_rows(*d_lse);
   if (need_query) p.d_query = strided(d_query);
