@@ -182,8 +182,8 @@ void finish_row(const InfoNCEParams& p, const Group& g, int64_t i, const float* 
   }
 }
 
-void begin_rows(const InfoNCEParams& p, int64_t group, float* scratch, Group& g, Space& space) {
-  begin_group(p, group, scratch, g, space);
+void begin_rows(const InfoNCEParams& p, int64_t group, bool shared, float* scratch, Group& g, Space& space) {
+  begin_group(p, group, shared, scratch, g, space);
   for (int64_t i = 0; i < G; i++) {
     float norm = 1;
     g.positive[i] =
@@ -236,7 +236,7 @@ void finish_rows(const InfoNCEParams& p, Group& g, const Space& space) {
 void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
   Group g;
   Space space;
-  begin_rows(p, group, scratch, g, space);
+  begin_rows(p, group, false, scratch, g, space);
   for (int64_t number = 0; number < p.passes; number++) {
     take_columns(p, number, group, 0, p.columns[p.pass[number].columns].count, g, space);
   }
@@ -247,7 +247,7 @@ void rows(const InfoNCEParams& p, int64_t group, float* scratch) {
 void rows_stretch(const InfoNCEParams& p, int64_t group, int64_t stretch, float* scratch) {
   Group g;
   Space space;
-  begin_rows(p, group, scratch, g, space);
+  begin_rows(p, group, true, scratch, g, space);
   const int64_t panel = p.panel_end - p.panel_begin, begin = stretch * p.stretch;
   float* const d = p.d_query_parts + (stretch * panel + group * G) * p.stride;
   if (p.sum_anchors[0]) {
@@ -265,7 +265,7 @@ void rows_stretch(const InfoNCEParams& p, int64_t group, int64_t stretch, float*
 void rows_merge(const InfoNCEParams& p, int64_t group, float* scratch) {
   Group g;
   Space space;
-  begin_rows(p, group, scratch, g, space);
+  begin_rows(p, group, false, scratch, g, space);
   const int64_t panel = p.panel_end - p.panel_begin;
   Part& s = g.part[0];
   for (int64_t stretch = 0; stretch * p.stretch < p.columns[0].count; stretch++) {

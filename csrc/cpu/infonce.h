@@ -3,9 +3,9 @@
 
 namespace ek {
 
-// A tile is infonce_rows queries by infonce_block documents. 48 is a multiple of the product's MR and NR with AVX2, 24
-// of both kinds of variants' tiles stay whole; with D = 384 a tile, its documents, queries and d_queries take 380 KB,
-// so that the second-level cache holds them through both products.
+// A tile is infonce_rows queries by infonce_block documents. 48 is a multiple of MR in
+// every variant, so that the product's tiles stay whole; with D = 384 a tile, its documents, queries and d_queries take
+// 380 KB, so that the second-level cache holds them through both products.
 constexpr int64_t infonce_rows = 48;
 constexpr int64_t infonce_block = 128;
 
@@ -27,10 +27,12 @@ struct InfoNCEStretch {
   float best[infonce_rows], negative_sum[infonce_rows], negative_count[infonce_rows];
 };
 
-// One task's of `rows`: what grows with the anchors, the sums that smoothing and several positives need, the rest.
+// One task's of `rows`: what grows with the anchors, the sums that smoothing and several positives need, in stretches
+// the anchors themselves, the rest.
 constexpr int64_t infonce_scratch_floats(const InfoNCEParams& p) {
   const int64_t sums = p.label_smoothing != 0 || p.same_positive ? 2 : 0;
-  return infonce_rows * (p.anchors * (p.dim + (1 + sums) * p.stride + p.guide_dim) + p.k +
+  const int64_t vectors = p.stretch ? p.stride + p.padded_dim / 2 + 1 : 0;
+  return infonce_rows * (p.anchors * (p.dim + (1 + sums) * p.stride + p.guide_dim + vectors) + p.k +
                          (p.levels ? 3 : 2) * infonce_block + (p.paired ? infonce_block / 2 : 0)) +
          3 * p.stride;
 }

@@ -243,21 +243,24 @@ void load_guide(const InfoNCEParams& p, Group& g) {
   }
 }
 
-// A group's rows, before any column; `space` is what its task has of scratch.
+// What a task has of scratch.
 struct Space {
   float *z_negatives, *tile, *guide_tile, *level_tile, *pairs, *row, *d_row;
 };
 
-void begin_group(const InfoNCEParams& p, int64_t group, float* scratch, Group& g, Space& space) {
+// A group's rows, before any column. Their vectors are left to the columns' pass, by the one task that has the group
+// to itself; `shared`: other tasks have it at the same time, each its own copy.
+void begin_group(const InfoNCEParams& p, int64_t group, bool shared, float* scratch, Group& g, Space& space) {
   g.first = p.panel_begin + group * G;
   g.count = least(G, p.panel_end - g.first);
   g.width = round_up(g.count, W);
   const auto take_floats = [&](int64_t n) { return scratch += n, scratch - n; };
+  const auto kept_or_taken = [&](float* kept, int64_t n) { return shared ? take_floats(n) : kept + group * n; };
   for (int64_t kind = 0; kind < p.anchors; kind++) {
     Anchors& a = g.anchors[kind];
-    a.unit = p.unit_anchors[kind] + group * G * p.stride;
-    a.pairs = p.paired ? p.anchor_pairs[kind] + group * G / 2 * p.padded_dim : nullptr;
-    a.factor = p.paired ? p.anchor_factor[kind] + group * G : nullptr;
+    a.unit = kept_or_taken(p.unit_anchors[kind], G * p.stride);
+    a.pairs = p.paired ? kept_or_taken(p.anchor_pairs[kind], G / 2 * p.padded_dim) : nullptr;
+    a.factor = p.paired ? kept_or_taken(p.anchor_factor[kind], G) : nullptr;
     a.transposed = take_floats(p.dim * G);
     a.d = take_floats(G * p.stride);
     a.guide = take_floats(p.guide_dim * G);

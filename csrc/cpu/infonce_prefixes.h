@@ -129,7 +129,7 @@ void prefix_rows(const InfoNCEParams& p, int64_t group, float* scratch) {
   Group g;
   Space space;
   InfoNCELevels& of = p.of_levels[group];
-  begin_group(p, group, scratch, g, space);
+  begin_group(p, group, false, scratch, g, space);
   begin_levels(p, g, of);
   const InfoNCEColumns& columns = p.columns[0];
   const int64_t m = columns.count;

@@ -47,6 +47,7 @@ struct Example {
   std::vector<float> loss = unwritten(n), d_queries = unwritten(n * dim), d_documents = unwritten(m * padded_dim);
   std::vector<float> d_negatives = unwritten(n * k * dim), d_positives = unwritten(n * dim);
   std::vector<float> d_temperature = unwritten(n);
+  bool apart = true;  // tasks that may run at the same time wrote nothing in common
   ek::InfoNCEParams p{};
 
   Example(bool with_cosine, bool positives_given, bool soft_targets, ek::DType of_vectors)
@@ -101,16 +102,22 @@ struct Example {
     of_documents.pairs = document_pairs.data(), of_documents.factor = document_factor.data();
     p.row_max[0] = of_rows.data(), p.row_scale[0] = p.row_max[0] + panel, p.row_spread[0] = p.row_scale[0] + panel;
     p.row_share[0] = p.row_spread[0] + panel, p.positive_scale = p.row_share[0] + panel;
-    std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(p));
     std::vector<float> d_query_parts = unwritten(blocks * panel * stride);
     std::vector<ek::InfoNCEStretch> of_stretches(blocks);
     p.stretch = ek::infonce_block, p.d_query_parts = d_query_parts.data(), p.of_stretches = of_stretches.data();
+    std::vector<float> scratch = unwritten(ek::infonce_scratch_floats(p));
     for (int64_t block = 0; block < blocks; block++) kernels.normalise(p, 0, block);
     if (soft) kernels.column_sum(p, 0, scratch.data());
     for (p.panel_begin = 0; p.panel_begin < n; p.panel_begin = p.panel_end) {
       p.panel_end = p.panel_begin + panel < n ? p.panel_begin + panel : n;
       if (in_stretches) {
+        // Stretches of a group run at the same time: none may write what they share.
+        const auto shared = {&unit_queries, &query_pairs, &query_factor};
+        for (std::vector<float>* x : shared) std::fill(x->begin(), x->end(), nan);
         for (int64_t stretch = 0; stretch < blocks; stretch++) kernels.rows_stretch(p, 0, stretch, scratch.data());
+        for (const std::vector<float>* x : shared) {
+          apart &= std::all_of(x->begin(), x->end(), [](float value) { return std::isnan(value); });
+        }
         kernels.rows_merge(p, 0, scratch.data());
       } else {
         kernels.rows(p, 0, scratch.data());
@@ -121,7 +128,7 @@ struct Example {
 
   bool is_right() const {
     const double tolerance = p.paired ? 3e-2 : 2e-5;
-    bool right = true;
+    bool right = apart;
     std::vector<std::vector<double>> d_unit_documents(m, std::vector<double>(dim));
     for (size_t i = 0; i < n; i++) {
       // The row's columns: every document, then its negatives; the positive may be another vector.
