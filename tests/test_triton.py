@@ -49,8 +49,6 @@ PART = "test_shapes or test_packed_options or 64-64-dtype1 or 128-128-dtype1 or 
 @pytest.mark.parametrize("architecture", resources.ARCHITECTURES)
 def test_values_of_what_is_compiled(request: pytest.FixtureRequest, architecture: int) -> None:
     """As PTX: see tests/ptx.py. All of tests/triton takes minutes: --every-kernel."""
-    if architecture == 100 and triton.__version__.startswith("3.6."):
-        pytest.skip("Triton 3.6's own pass over tensor memory's layouts fails for a window over several tiles of keys")
     part = () if request.config.getoption("--every-kernel") else ("-k", PART)
     run_values({"EK_ARCHITECTURE": str(architecture)}, "-p", "compiled", *part)
 
