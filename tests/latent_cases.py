@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,14 +42,38 @@ def run(function: Callable[..., Any], tensors: list[torch.Tensor], dtype: torch.
     return [out, *torch.autograd.grad(out, inputs, upstream)]
 
 
-def check(function: Callable[..., Any], tensors: list[torch.Tensor], dtype: torch.dtype, **options: Any) -> None:
-    """The output and the gradient of every tensor against the reference in float64 and at this dtype."""
-    tensors = [x.to(dtype) for x in tensors]
-    ours = run(function, tensors, dtype, **options)
-    exact = run(function, tensors, torch.float64, backend="reference", **options)
-    torchs = run(function, tensors, dtype, backend="reference", **options)
-    for i, (a, b, c) in enumerate(zip(ours, exact, torchs, strict=True)):
-        assert_accurate(a, b, c, 2 if i == 0 else 3, f"{function.__name__} {i} {list(options)}")
+Call = tuple[list[torch.Tensor], dict[str, Any]]
+
+
+def check(function: Callable[..., Any], calls: Iterable[Call], dtype: torch.dtype) -> None:
+    """The outputs and the gradients of every tensor against the reference in float64 and at this dtype, of all calls at
+    once, each scaled to 1: in a few numbers of a single one torch's error may be small by luck."""
+    found: list[list[list[torch.Tensor]]] = []  # of calls, of results
+    for tensors, options in calls:
+        tensors = [x.to(dtype) for x in tensors]
+        ours = run(function, tensors, dtype, **options)
+        exact = run(function, tensors, torch.float64, backend="reference", **options)
+        torchs = run(function, tensors, dtype, backend="reference", **options)
+        by = [0.5 ** float(x.abs().max().frexp().exponent) for x in exact]
+        results = zip(by, ours, exact, torchs, strict=True)
+        found.append([[(x * scale).flatten() for x in result] for scale, *result in results])
+    for i, results in enumerate(zip(*found, strict=True)):
+        a, b, c = (torch.cat(x) for x in zip(*results, strict=True))
+        assert_accurate(a, b, c, 2 if i == 0 else 3, f"{function.__name__} {i}")
+
+
+def latent_calls(form: str) -> Iterator[Call]:
+    for hidden, options in layouts():
+        yield [hidden, *block(*FORMS[form])], options
+
+
+def multi_layer_calls() -> Iterator[Call]:
+    for num_latents, count, head_dim in ((2, 6, 8), (9, 3, 4)):  # several sequences in a tile, and one
+        tensors = [torch.randn(5, count, WIDTH), torch.randn(count, WIDTH), *block(num_latents, head_dim)]
+        yield tensors, {"normalize": num_latents == 2}
+        empty = torch.tensor([False, True, False, False, True])
+        layers = tensors[0].masked_fill(empty[:, None, None], NAN)
+        yield [layers, *tensors[1:]], {"empty": empty}
 
 
 def layouts(length: int = 11) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_graph import replayed
-from latent_cases import FORMS, HEADS, NAN, WIDTH, block, check, layouts, run
+from latent_cases import FORMS, HEADS, WIDTH, block, check, latent_calls, layouts, multi_layer_calls, run
 
 import embedkern as ek
 from embedkern import schema
@@ -33,19 +33,14 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_latent_attention(form: str, dtype: torch.dtype) -> None:
-    for hidden, options in layouts():
-        assert ek.explain("latent_attention", hidden, *block(*FORMS[form]), HEADS, **options).choice == "triton"
-        check(ek.latent_attention, [hidden, *block(*FORMS[form])], dtype, **options)
+    for tensors, options in latent_calls(form):
+        assert ek.explain("latent_attention", *tensors, HEADS, **options).choice == "triton"
+    check(ek.latent_attention, latent_calls(form), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_multi_layer_attention(dtype: torch.dtype) -> None:
-    for num_latents, count, head_dim in ((2, 6, 8), (9, 3, 4)):  # several sequences in a tile, and one
-        layers, embedding = torch.randn(5, count, WIDTH), torch.randn(count, WIDTH)
-        tensors = [layers, embedding, *block(num_latents, head_dim)]
-        check(ek.multi_layer_attention, tensors, dtype, normalize=num_latents == 2)
-        layers[torch.tensor([1, 4])] = NAN
-        check(ek.multi_layer_attention, tensors, dtype, empty=torch.tensor([False, True, False, False, True]))
+    check(ek.multi_layer_attention, multi_layer_calls(), dtype)
 
 
 def test_kernels_over_many_blocks() -> None:
