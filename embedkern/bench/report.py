@@ -31,8 +31,8 @@ def run(suites: Sequence[str], out: Path | None) -> int:
         if process.returncode:
             print(f"suite {suite} failed with exit status {process.returncode}")
             return 1
-    if out is not None:
-        write(rows, out)
+        if out is not None:  # after each: all of them take half an hour and more
+            write(rows, out)
     return 0
 
 
