@@ -32,6 +32,15 @@ def test_several_panels(variant: str) -> None:
     check({"queries": torch.randn(50, 1100), "documents": torch.randn(60, 1100)}, {"temperature": 0.1})
 
 
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 130])
+def test_last_block_of_documents(variant: str, columns: int) -> None:
+    """Of one, two, all, or all but one of the 128 that a tile has."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = {"queries": torch.randn(7, 32), "documents": torch.randn(columns, 32)}
+        targets = {"targets": torch.randint(columns, (7,))}
+        check({name: x.to(dtype) for name, x in tensors.items()} | targets, {})
+
+
 def test_few_queries_and_many_documents(variant: str) -> None:
     """Stretches of documents: with what a row's end adds, and with what hides."""
     tensors = {"queries": torch.randn(60, 20), "documents": torch.randn(9000, 20), "negatives": torch.randn(60, 2, 20),

@@ -3,9 +3,9 @@
 
 namespace ek {
 
-// A tile is infonce_rows queries by infonce_block documents. 48 is a multiple of MR in
-// every variant, so that the product's tiles stay whole; with D = 384 a tile, its documents, queries and d_queries take
-// 380 KB, so that the second-level cache holds them through both products.
+// A tile is infonce_rows queries by infonce_block documents. 48 is a multiple of every variant's MR, so that the
+// product's tiles stay whole; with D = 384 a tile, its documents, queries and d_queries take 380 KB, so that the
+// second-level cache holds them through both products.
 constexpr int64_t infonce_rows = 48;
 constexpr int64_t infonce_block = 128;
 
