@@ -80,7 +80,13 @@ Tensor reduce_rows(const Tensor& rows, const Tensor& shaped_like) {
     for (int64_t h = 0; h < heads; h++) {
       const float* row = static_cast<const float*>(from.data) + b * from.stride_b + h * from.stride_h;
       double* sum = sums.data() + b * to.stride_b + h * to.stride_h;
-      for (int64_t t = 0; t < length; t++) sum[t * to.stride_t] += double(row[t * from.stride_t]);
+      if (to.stride_t != 0) {
+        for (int64_t t = 0; t < length; t++) sum[t * to.stride_t] += double(row[t * from.stride_t]);
+        continue;
+      }
+      double of_rows = 0;  // in a register: each sum in memory waits for the one before
+      for (int64_t t = 0; t < length; t++) of_rows += double(row[t * from.stride_t]);
+      *sum += of_rows;
     }
   }
   std::copy(sums.begin(), sums.end(), static_cast<float*>(to.data));
@@ -150,10 +156,10 @@ struct Attention : AttentionParams {
     query = strided(q);
     key = strided(k);
     value = strided(v);
-    if (options.temperature) temperature = broadcast(*options.temperature, packed(q));
-    if (options.scale) scale = broadcast(*options.scale, packed(q));
     temperature_number = float(options.temperature_number);
     scale_number = float(options.scale_number);
+    rows_or_number(options.temperature, packed(q), temperature, temperature_number);
+    rows_or_number(options.scale, packed(q), scale, scale_number);
     if (options.mask) mask = grid(*options.mask);
     if (options.bias) bias = grid(*options.bias);
     if (options.relative_bias) {
@@ -175,6 +181,16 @@ struct Attention : AttentionParams {
     std::stable_sort(sequences.begin(), sequences.end(), [](const AttentionSequence& a, const AttentionSequence& b) {
       return (a.visible + 1) * a.q_length > (b.visible + 1) * b.q_length;
     });
+  }
+
+  // One element is a number: what rows have of it is found once, not row by row.
+  static void rows_or_number(const OptionalTensor& x, bool is_packed, Strided& of_rows, float& number) {
+    if (!x) return;
+    if (x->numel() == 1) {
+      number = *x->const_data_ptr<float>();
+    } else {
+      of_rows = broadcast(*x, is_packed);
+    }
   }
 
   void find_packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k) {

@@ -181,20 +181,35 @@ template <class T>
 void row_gradients(const AttentionParams& p, Row row, int64_t m, const Panel& d_q, float* d_scores, int64_t ld,
                    const Block& b, const float* excess) {
   const bool later = b.factors.scale_later;
-  for (int64_t i = 0; i < m; i++, row.next()) {
-    const T* query = row.in<T>(p.query);
-    float* d = d_q.x + i * d_q.ld;
-    Vec total{};
-    for (int64_t c = 0; c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d + c);
-    const float scale = b.factors.scale[i];
-    float along = b.sum[i] == 0 ? 0 : sum_lanes(total);
-    if (scale != 0 && !b.key_bias) along -= excess[i] * b.top[i] / scale;
-    if (p.d_scale.data) *row.in<float>(p.d_scale) = along;
-    if (p.d_temperature.data && !b.key_bias) {  // or else adjust_backward() has written it
-      *row.in<float>(p.d_temperature) = -(later ? scale : 1) * along * b.factors.inverse[i];
+  for (int64_t first = 0; first < m; first += W) {  // W rows at once: one row's sums and divisions wait for each other
+    const int64_t rows = least(W, m - first);
+    Row r = row;
+    Vec partial[W];
+    for (int64_t i = 0; i < W; i++) {
+      partial[i] = Vec{};
+      if (i >= rows) continue;
+      const T* query = r.in<T>(p.query);
+      for (int64_t c = 0; c < p.dim; c += W) {
+        partial[i] += load_at(query, c, p.dim) * load(d_q.x + (first + i) * d_q.ld + c);
+      }
+      r.next();
     }
-    for (int64_t c = 0; later && c < p.dim; c += W) store(d + c, load(d + c) * scale);
-    for (int64_t j = 0; later && j < ld; j += W) store(d_scores + i * ld + j, load(d_scores + i * ld + j) * scale);
+    const Vec scale = load(b.factors.scale + first);
+    Vec along = select(load(b.sum + first) == 0.0f, Vec{}, across(partial, add));
+    if (!b.key_bias) along -= select(scale == 0.0f, Vec{}, load(excess + first) * load(b.top + first) / scale);
+    float of_scale[W], of_temperature[W];
+    store(of_scale, along);
+    store(of_temperature, -(later ? scale * along : along) * load(b.factors.inverse + first));
+    for (int64_t i = 0; i < rows; i++, row.next()) {
+      if (p.d_scale.data) *row.in<float>(p.d_scale) = of_scale[i];
+      // Or else adjust_backward() has written it.
+      if (p.d_temperature.data && !b.key_bias) *row.in<float>(p.d_temperature) = of_temperature[i];
+    }
+  }
+  for (int64_t i = 0; later && i < m; i++) {
+    float *d = d_q.x + i * d_q.ld, *d_s = d_scores + i * ld, scale = b.factors.scale[i];
+    for (int64_t c = 0; c < p.dim; c += W) store(d + c, load(d + c) * scale);
+    for (int64_t j = 0; j < ld; j += W) store(d_s + j, load(d_s + j) * scale);
   }
 }
 
