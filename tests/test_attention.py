@@ -143,6 +143,20 @@ def test_temperature_and_scale_tensors(variant: str, shape: tuple[int, ...]) -> 
     check(q, k, v, scale=torch.randn(shape), temperature=torch.rand(()) + 0.5)
 
 
+def test_temperature_where_scores_are_far_from_zero(variant: str) -> None:
+    """The gradients of scores, which add up to 0, are rounded to bfloat16: times such scores that would show."""
+    tensors = [(torch.randn(2, 3, 70, 32) + mean).bfloat16() for mean in (3, 3, 0)]
+    upstream = torch.randn(2, 3, 70, 32).bfloat16()
+    tau = (torch.rand(3, 1, 1) + 0.5).requires_grad_()
+    found = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, "cpu")):
+        temperature = tau.double() if dtype == torch.float64 else tau
+        out = ek.attention(*(x.to(dtype) for x in tensors), temperature=temperature, backend=backend)
+        found += torch.autograd.grad(out, tau, upstream.to(dtype))
+    exact, ours = found
+    assert (ours - exact).abs().max() <= torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_gradients_have_the_dtype_of_temperature(dtype: torch.dtype) -> None:
     q, k, v = inputs(2, 2, 2, 5, 6, 8, 8, torch.bfloat16)
