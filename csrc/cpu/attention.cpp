@@ -185,14 +185,13 @@ void row_gradients(const AttentionParams& p, Row row, int64_t m, const Panel& d_
     const int64_t rows = least(W, m - first);
     Row r = row;
     Vec partial[W];
-    for (int64_t i = 0; i < W; i++) {
-      partial[i] = Vec{};
-      if (i >= rows) continue;
+    for (int64_t i = rows; i < W; i++) partial[i] = Vec{};
+    for (int64_t i = 0; i < rows; i++, r.next()) {
       const T* query = r.in<T>(p.query);
-      for (int64_t c = 0; c < p.dim; c += W) {
-        partial[i] += load_at(query, c, p.dim) * load(d_q.x + (first + i) * d_q.ld + c);
-      }
-      r.next();
+      const float* d = d_q.x + (first + i) * d_q.ld;
+      Vec total{};
+      for (int64_t c = 0; c < p.dim; c += W) total += load_at(query, c, p.dim) * load(d + c);
+      partial[i] = total;
     }
     const Vec scale = load(b.factors.scale + first);
     Vec along = select(load(b.sum + first) == 0.0f, Vec{}, across(partial, add));

@@ -40,8 +40,7 @@ struct Rows {
 // finds them. Fetched between the tiles of a block's products, evenly, they cost next to nothing: at L = 32 forward and
 // backward take 15.5 µs a head without, 11.4 when fetched in bursts, 9.1 so (Zen 3, one thread, 8.0 with all in the
 // cache); at L = 512 gathering and scattering rows takes a tenth of the time without, 3 % so. Into the second-level
-// cache: the first level has few places for lines under way, and at L = 32 waiting for one was a sixth of the time (Zen
-// 4).
+// cache: the first level has few places for lines under way; at L = 32 waiting for one was a sixth of the time (Zen 4).
 struct Ahead {
   struct Lines {
     const char* row;

@@ -213,10 +213,11 @@ void take_columns(const InfoNCEParams& p, int64_t number, int64_t group, int64_t
       const int64_t next_n = least(block_size, columns.count - first - n);
       if (p.paired) {
         pair_scores(z, n, g.width, G, columns.factor + first, space.pairs);
+        const int64_t count = (n + 1) / 2;
         const float* pairs = columns.pairs + first / 2 * p.padded_dim;
-        Ahead next(pairs + n / 2 * p.padded_dim, p.padded_dim, p.padded_dim, (next_n + 1) / 2,
-                   gemm_tiles(g.count, p.padded_dim, (n + 1) / 2));
-        gemm(true, g.count, p.padded_dim, (n + 1) / 2, as_pairs(space.pairs), 1, G, as_pairs(pairs), p.padded_dim, a.d,
+        Ahead next(pairs + count * p.padded_dim, p.padded_dim, p.padded_dim, (next_n + 1) / 2,
+                   gemm_tiles(g.count, p.padded_dim, count));
+        gemm(true, g.count, p.padded_dim, count, as_pairs(space.pairs), 1, G, as_pairs(pairs), p.padded_dim, a.d,
              p.stride, {}, next);
       } else {
         const float* unit = columns.unit + first * p.stride;
